@@ -1,0 +1,9 @@
+"""Shared by all levels: the folder of the tests is importable (tests/launch.py), one thread per process."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+torch.set_num_threads(1)
