@@ -1,0 +1,137 @@
+"""Grids of the modules, and the process groups that depend on them.
+
+Every function here that makes a process group is collective over the world: all ranks call it, in the same order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from mimo_ext.megatron.config import MimoParallelismConfig
+
+EXPERT_VIEW_NAME = "expert"
+
+# The order is part of the contract: every rank makes these groups one after another.
+_BASE_GROUPS = (
+    ("tp",),
+    ("cp",),
+    ("pp",),
+    ("dp",),
+    ("dp", "cp"),
+    ("tp", "cp"),
+    ("tp", "pp"),
+    ("tp", "dp", "cp"),
+    ("tp", "cp", "dp", "pp"),
+)
+_EXPERT_GROUPS = (("ep",), ("expt_tp",), ("expt_dp",), ("expt_tp", "ep"), ("expt_tp", "ep", "pp"))
+
+
+def build_hypercomm_grids(mimo_parallelism_config: MimoParallelismConfig, backend: str | None = None) -> dict[str, Any]:
+    """Make a HyperCommGrid per module, with all its process groups, on every rank.
+
+    Each grid has the dense view ``tp cp dp pp`` and a view ``"expert"`` with ``expt_tp ep expt_dp pp`` over the same
+    ranks; DDP and megatron-core's MIMO optimizer read both.
+
+    Args:
+        mimo_parallelism_config: sizes of the modules, with ``data_parallel_size`` set.
+        backend: of the groups. Default: the backend of the default process group, or "nccl" where there is none.
+
+    Returns:
+        Module name -> grid, in the order of the config.
+    """
+    # Fetched now, not at import: programs replace the class.
+    from megatron.core.hyper_comm_grid import HyperCommGrid
+
+    if backend is None:
+        backend = dist.get_backend() if dist.is_initialized() else "nccl"
+    grids: dict[str, Any] = {}
+    for name, sizes in mimo_parallelism_config.module_parallelisms.items():
+        grid = HyperCommGrid(
+            shape=[
+                sizes.tensor_model_parallel_size,
+                sizes.context_parallel_size,
+                sizes.data_parallel_size,
+                sizes.pipeline_model_parallel_size,
+            ],
+            dim_names=["tp", "cp", "dp", "pp"],
+            rank_offset=sizes.rank_offset,
+            backend=backend,
+        )
+        grid.register_view(
+            EXPERT_VIEW_NAME,
+            shape=[
+                sizes.expert_tensor_parallel_size,
+                sizes.expert_model_parallel_size,
+                sizes.expert_data_parallel_size,
+                sizes.pipeline_model_parallel_size,
+            ],
+            dim_names=["expt_tp", "ep", "expt_dp", "pp"],
+            shared_dims=["pp"],
+        )
+        for dims in _BASE_GROUPS:
+            grid.create_pg(list(dims))
+        for dims in _EXPERT_GROUPS:
+            grid.create_pg(list(dims), view=EXPERT_VIEW_NAME)
+        grids[name] = grid
+    return grids
+
+
+def populate_embedding_and_position_groups(
+    pp_group: Any,
+) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """Make the groups over which a module's position and word embeddings are kept equal.
+
+    The position group holds the first stage alone, the word-embedding group the first and the last stage.
+
+    Args:
+        pp_group: the rank lists of *all* pipelines of a module (``grid.get_rank_enum(["pp"])``): every rank of the
+            world calls this and makes every group, in one order. Or the PP process group of the current rank: then
+            the ranks of that group call this, and no others need to. Or None.
+
+    Returns:
+        ``(pos_embd_pg, embd_pg)`` of the current rank, None for a group that it is not in.
+    """
+    if pp_group is None or pp_group is dist.GroupMember.NON_GROUP_MEMBER:
+        return None, None
+    pipelines = _rank_lists(pp_group)
+    options: dict[str, Any] = {}
+    if pipelines is None:
+        pipelines = [dist.get_process_group_ranks(pp_group)]
+        # Other pipelines pass other ranks here at the same time, so only the members may take part.
+        options = {"use_local_synchronization": True}
+
+    pos_embd_pg, embd_pg = None, None
+    for ranks in pipelines:
+        stages = sorted(ranks)
+        position_ranks = [stages[0]]
+        embedding_ranks = [stages[0]] if len(stages) == 1 else [stages[0], stages[-1]]
+        position_group = dist.new_group(ranks=position_ranks, **options)
+        embedding_group = dist.new_group(ranks=embedding_ranks, **options)
+        rank = dist.get_rank()
+        if rank in position_ranks:
+            pos_embd_pg = position_group
+        if rank in embedding_ranks:
+            embd_pg = embedding_group
+    return pos_embd_pg, embd_pg
+
+
+def _rank_lists(pp_group: Any) -> list[list[int]] | None:
+    """The argument as rank lists, or None where it is a process group (of torch, a wrapper or a fake)."""
+    if isinstance(pp_group, dist.ProcessGroup):
+        return None
+    try:
+        return list(pp_group)
+    except TypeError:
+        return None
+
+
+def is_pp_first_stage(pp_group: dist.ProcessGroup | None) -> bool:
+    """Whether the current rank is the first of its pipeline; True for None (no pipeline)."""
+    return pp_group is None or dist.get_rank() == min(dist.get_process_group_ranks(pp_group))
+
+
+def is_pp_last_stage(pp_group: dist.ProcessGroup | None) -> bool:
+    """Whether the current rank is the last of its pipeline; True for None (no pipeline)."""
+    return pp_group is None or dist.get_rank() == max(dist.get_process_group_ranks(pp_group))

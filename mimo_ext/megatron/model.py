@@ -1,0 +1,260 @@
+"""The model that our provider builds: megatron-core's MimoModel with the seam between its modules replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.mimo import MimoModel as _CoreMimoModel
+from megatron.core.models.mimo.config import MimoModelConfig
+
+from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout, RankRole
+
+
+class MimoModel(_CoreMimoModel):
+    """MimoModel of megatron-core 0.19 for every `ModuleLayout`, with ragged modality rows.
+
+    Args:
+        mimo_config: as in megatron-core.
+        cp_group, tp_group: groups of the language model, on its ranks.
+
+    Attributes:
+        role: `RankRole` of this rank, from ``mimo_config.module_to_grid_map``.
+        row_counts: modality name -> queue with the per-sample row counts (``list[int]``) of the last output of that
+            encoder. The communicator takes the entry when it sends the output. An entry that nobody took is replaced
+            by the next forward's; an empty queue means that the counts are unknown.
+        pg_collection: groups of this rank's module, set by the provider; Float16Module reads it.
+
+    Raises:
+        ValueError: rank ranges overlap in part, or the grids' keys are not the modules' names.
+        RuntimeError: this rank is in no grid.
+        NotImplementedError: modules share their ranks but not their parallel sizes, or are pipelined there.
+    """
+
+    def __init__(self, mimo_config: MimoModelConfig, cp_group: Any = None, tp_group: Any = None) -> None:
+        modality_names = list(mimo_config.modality_submodules_spec)
+        grids = mimo_config.module_to_grid_map
+        if grids:
+            self._role = RankRole.from_grid_map(grids, modality_names)
+            if self._role.mode is ModuleLayout.COLOCATED:
+                _check_colocated(grids)
+        else:
+            self._role = RankRole.unified([*modality_names, MIMO_LANGUAGE_MODULE_KEY])
+        # megatron-core's constructor derives a role (wrong for pipelines on shared ranks) and bridges (its own) from
+        # the grids. It gets none, and `role` keeps ours.
+        self._role_is_fixed = True
+        super().__init__(dataclasses.replace(mimo_config, module_to_grid_map=None), cp_group, tp_group)
+        self._role_is_fixed = False
+        self.mimo_config = mimo_config
+        self.pg_collection: Any = None
+        self.row_counts: dict[str, deque[list[int]]] = {name: deque(maxlen=1) for name in modality_names}
+
+    @property
+    def role(self) -> RankRole:
+        """What this rank runs."""
+        return self._role
+
+    @role.setter
+    def role(self, role: RankRole) -> None:
+        if not self._role_is_fixed:
+            self._role = role
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        modality_inputs: dict[str, dict[str, Any]] | None = None,
+        packing_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Any, torch.Tensor | None]:
+        """Run this rank's modules.
+
+        Args:
+            input_ids: ``[b, s]`` int64, placeholders of the modalities included. Encoder ranks need the ids of their
+                own samples, for the row counts.
+            position_ids: ``[b, s]`` or None.
+            attention_mask: None, or as the language model takes it.
+            loss_mask, labels: ``[b, s]`` or None.
+            modality_inputs: modality name -> encoder name -> keyword arguments of the encoder.
+            packing_kwargs: fields of PackedSeqParams, or None.
+
+        Returns:
+            ``(output, loss_mask)``. Output of an encoder rank: modality name -> ``[rows, h]``; of a language rank
+            before the last stage: ``{"language": hidden states}``; otherwise what the language model returns.
+        """
+        if self.role.mode is ModuleLayout.NON_COLOCATED:
+            input_tensors = getattr(self, "input_tensors", None)
+            if self.role.has_modality_modules:
+                return self._forward_encoders(input_ids, modality_inputs, input_tensors), loss_mask
+            return self._forward_language_module(
+                input_ids, position_ids, attention_mask, loss_mask, labels, input_tensors, packing_kwargs
+            )
+        return self._forward_all_modules(
+            input_ids, position_ids, attention_mask, loss_mask, labels, modality_inputs, packing_kwargs
+        )
+
+    def align_embeddings_by_token_positions(
+        self,
+        modality_embeddings: dict[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        special_token_ids: dict[str, int],
+    ) -> torch.Tensor:
+        """Put the rows of every modality at the positions of its token, in the order of ``input_ids``.
+
+        On the CPU wrong counts raise here. On CUDA nothing waits for the device: they end in a device-side assertion.
+
+        Args:
+            modality_embeddings: modality name -> ``[rows, h]``; "text" has one row per position of no modality.
+            input_ids: ``[b, s]`` or ``[s]``.
+            special_token_ids: modality name -> token id.
+
+        Returns:
+            ``[s, b, h]``, contiguous, in the dtype of the text embeddings (of the first modality where there are none).
+            Positions that no modality fills are zero.
+
+        Raises:
+            ValueError: no embeddings; unknown modality; rows of different width; the number of rows is not the number
+                of positions; positions of a modality whose embeddings are missing.
+        """
+        if not modality_embeddings:
+            raise ValueError("No modality embeddings provided. At least one modality is required.")
+        if input_ids.dim() == 1:
+            input_ids = input_ids.unsqueeze(0)
+        reference = modality_embeddings.get("text", next(iter(modality_embeddings.values())))
+        hidden, device = reference.size(-1), reference.device
+        ids = input_ids.to(device, non_blocking=True).reshape(-1)
+
+        masks = {name: ids == token_id for name, token_id in special_token_ids.items()}
+        no_modality = torch.ones_like(ids, dtype=torch.bool)
+        for mask in masks.values():
+            no_modality &= ~mask
+        masks["text"] = no_modality
+
+        parts: list[torch.Tensor] = []
+        # Row of the stacked embeddings for each position; -1 where there is none.
+        rows = torch.full_like(ids, -1, dtype=torch.int64)
+        first_row = 0
+        for name, embeddings in modality_embeddings.items():
+            if name not in masks:
+                raise ValueError(
+                    f"No special token ID defined for modality {name}: expected one of {sorted(special_token_ids)}."
+                )
+            if embeddings.dim() != 2 or embeddings.size(1) != hidden:
+                raise ValueError(
+                    f"Embeddings of {name}: expected shape [rows, {hidden}], got {list(embeddings.shape)}."
+                )
+            count = embeddings.size(0)
+            _check_count(name, masks[name], count)
+            rows = torch.where(masks[name], masks[name].cumsum(0) + (first_row - 1), rows)
+            parts.append(embeddings.to(reference.dtype))
+            first_row += count
+        for name in special_token_ids:
+            if name not in modality_embeddings:
+                _check_count(name, masks[name], 0)
+
+        stacked = torch.cat(parts, dim=0)
+        if stacked.size(0) == 0:
+            # Keeps the graph: a modality without rows still gets its (empty) gradient.
+            combined = stacked.new_zeros((ids.numel(), hidden)) + stacked.sum()
+        else:
+            combined = stacked.index_select(0, rows.clamp(0, stacked.size(0) - 1))
+            if "text" not in modality_embeddings:
+                combined = combined.masked_fill((rows < 0).unsqueeze(1), 0.0)
+        batch, length = input_ids.shape
+        return combined.view(batch, length, hidden).transpose(0, 1).contiguous()
+
+    def _attach_modality_split_sizes(
+        self, output: torch.Tensor, input_ids: torch.Tensor | None, encoder_name: str
+    ) -> None:
+        """Record how many rows of ``output`` belong to each sample, for the bridge that sends them.
+
+        The counts go to ``row_counts[encoder_name]`` and onto the tensor (``_mimo_bridge_split_sizes``, which the
+        released communicator reads). Only an output that leaves the module is counted.
+
+        Raises:
+            ValueError: the encoder gave more or fewer rows than ``input_ids`` has positions for.
+        """
+        queue = self.row_counts[encoder_name]
+        queue.clear()
+        token_id = self.special_token_ids.get(encoder_name)
+        if token_id is None or input_ids is None or output.dim() != 2 or not self.role.is_last_stage(encoder_name):
+            return
+        # The host must know the counts before it can say where the rows go. Free where input_ids live on the host.
+        counts = (input_ids == token_id).sum(dim=1).tolist()
+        if sum(counts) != output.size(0):
+            raise ValueError(
+                f"Rank {_rank()}, module '{encoder_name}': expected {sum(counts)} rows, one for each position of "
+                f"token {token_id} in input_ids (per sample: {counts}), got an output of {output.size(0)} rows."
+            )
+        queue.append(counts)
+        output._mimo_bridge_split_sizes = counts
+
+    def _empty_encoder_output(self, encoder_name: str) -> torch.Tensor:
+        """What an encoder sends for a batch without its modality: ``[0, h of the language model]``.
+
+        Device and dtype are those of the encoder's weights, as in every other batch.
+        """
+        language_config = self.mimo_config.language_model_spec.params["config"]
+        hidden = getattr(language_config, "hidden_size", None)
+        if hidden is None:
+            raise ValueError("Language model config must define hidden_size for empty modality output.")
+        dtype = getattr(language_config, "params_dtype", None) or torch.float32
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        weight = next((p for p in self.modality_submodules[encoder_name].parameters() if p.is_floating_point()), None)
+        if weight is not None:
+            dtype, device = weight.dtype, weight.device
+        return torch.empty((0, hidden), device=device, dtype=dtype, requires_grad=True)
+
+
+def _check_colocated(grids: dict[str, Any]) -> None:
+    """Refuse by name what modules on shared ranks cannot do."""
+    language = grids[MIMO_LANGUAGE_MODULE_KEY]
+    expected = _sizes(language)
+    for name, grid in grids.items():
+        where, where_language = ((g.rank_offset, g.rank_offset + g.size) for g in (grid, language))
+        if where != where_language:
+            raise ValueError(
+                f"Rank {_rank()}: module '{name}' has ranks [{where[0]}, {where[1]}), the language module has "
+                f"[{where_language[0]}, {where_language[1]}). MimoModel runs modules on disjoint or on identical "
+                "ranks; ranges that overlap in part are not supported."
+            )
+        sizes = _sizes(grid)
+        if sizes.get("pp", 1) > 1:
+            raise NotImplementedError(
+                f"Rank {_rank()}: colocated module '{name}' has pipeline_model_parallel_size={sizes['pp']}; modules "
+                "on the same ranks run without pipeline parallelism."
+            )
+        if sizes != expected:
+            raise NotImplementedError(
+                f"Rank {_rank()}: colocated modules with different parallelism: module '{name}' has {sizes}, the "
+                f"language module has {expected}. Give them equal sizes or disjoint ranks."
+            )
+
+
+def _sizes(grid: Any) -> dict[str, int]:
+    """Dims of a grid that are larger than 1."""
+    return {dim: size for dim, size in zip(grid.dim_names, grid.shape, strict=True) if size > 1}
+
+
+def _check_count(name: str, mask: torch.Tensor, count: int) -> None:
+    """The positions of a modality against its rows; without a device synchronization on CUDA."""
+    positions = mask.sum()
+    if mask.device.type == "cpu":
+        if int(positions) != count:
+            raise ValueError(
+                f"Rank {_rank()}: Number of {name} tokens ({int(positions)}) does not match number of {name} "
+                f"embeddings ({count})" + (": embeddings of this modality are missing." if count == 0 else ".")
+            )
+    else:
+        torch._assert_async(
+            positions == count, f"number of {name} tokens in input_ids does not match its {count} embeddings"
+        )
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
