@@ -39,6 +39,8 @@ SOURCES = [
     "csrc/comm/c10d_transport.cpp",
     "csrc/comm/worker.cpp",
     "csrc/comm/channel.cpp",
+    "csrc/comm/channel_receive.cpp",
+    "csrc/comm/config.cpp",
     "csrc/comm/communicator.cpp",
     "csrc/bindings/core_py.cpp",
     "csrc/bindings/comm_py.cpp",

@@ -1,0 +1,96 @@
+// The communicator. Everything that may block releases the GIL.
+#include <pybind11/chrono.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "bindings/bindings.h"
+#include "comm/c10d_transport.h"
+#include "comm/communicator.h"
+
+namespace mimo_ext::bindings {
+
+namespace py = pybind11;
+using comm::BridgeConfig;
+using comm::Communicator;
+using comm::Delivery;
+using Release = py::call_guard<py::gil_scoped_release>;
+
+namespace {
+
+void check_signals() {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+std::shared_ptr<Communicator> make_communicator(std::string name, const core::Boundary& source,
+                                                const core::Boundary& destination, int ndim, int batch_dim, int seq_dim,
+                                                const py::object& dtype, std::optional<core::Microbatch> fixed,
+                                                std::chrono::milliseconds timeout, int max_in_flight,
+                                                std::uint64_t hash, int rank,
+                                                c10::intrusive_ptr<c10d::ProcessGroup> group,
+                                                const std::vector<int>& group_ranks) {
+  if (!THPDtype_Check(dtype.ptr())) throw py::type_error("dtype: expected a torch.dtype");
+  BridgeConfig config{std::move(name),
+                      source,
+                      destination,
+                      ndim,
+                      batch_dim,
+                      seq_dim,
+                      reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type,
+                      std::move(fixed),
+                      timeout,
+                      max_in_flight,
+                      hash};
+  std::unique_ptr<comm::Transport> transport;
+  if (group) transport = std::make_unique<comm::C10dTransport>(std::move(group), group_ranks);
+  auto communicator = std::make_shared<Communicator>(std::move(config), std::move(transport), rank);
+  communicator->set_interrupt_check(check_signals);
+  return communicator;
+}
+
+/// An undefined tensor is None in Python.
+std::optional<at::Tensor> optional_tensor(at::Tensor tensor) {
+  if (!tensor.defined()) return std::nullopt;
+  return tensor;
+}
+
+}  // namespace
+
+void register_comm(py::module_& m) {
+  // Messages of these name the bridge, this rank, the operation, the microbatch and the peer.
+  const auto& error = py::register_exception<comm::BridgeError>(m, "BridgeError", PyExc_RuntimeError);
+  py::register_exception<comm::BridgeTimeoutError>(m, "BridgeTimeoutError", error);
+
+  py::class_<Delivery, std::shared_ptr<Delivery>>(m, "Delivery", "An operation of a communicator that is under way.")
+      .def("done", &Delivery::done)
+      .def_property_readonly("expects_backward", &Delivery::expects_backward);
+
+  py::class_<Communicator, std::shared_ptr<Communicator>>(m, "Communicator",
+                                                          "Both directions of one bridge on one rank.")
+      .def(py::init(&make_communicator), py::kw_only(), py::arg("name"), py::arg("source"), py::arg("destination"),
+           py::arg("ndim"), py::arg("batch_dim"), py::arg("seq_dim"), py::arg("dtype"), py::arg("fixed"),
+           py::arg("timeout"), py::arg("max_in_flight"), py::arg("hash"), py::arg("rank"), py::arg("group"),
+           py::arg("group_ranks"))
+      .def_property_readonly("is_source", &Communicator::is_source)
+      .def_property_readonly("is_destination", &Communicator::is_destination)
+      .def_property_readonly("closed", &Communicator::closed)
+      .def_property_readonly("outstanding", &Communicator::outstanding)
+      .def("last_plan", &Communicator::last_plan)
+      .def("send_forward", &Communicator::send_forward, Release(), py::arg("x"), py::arg("row_counts"),
+           py::arg("num_samples"))
+      .def("recv_forward", &Communicator::recv_forward, Release())
+      .def(
+          "send_backward",
+          [](Communicator& c, const std::optional<at::Tensor>& gradient) {
+            return c.send_backward(gradient.value_or(at::Tensor()));
+          },
+          Release(), py::arg("gradient").none(true))
+      .def("recv_backward", &Communicator::recv_backward, Release())
+      .def(
+          "wait", [](const Communicator& c, const Delivery& delivery) { return optional_tensor(c.wait(delivery)); },
+          Release(), py::arg("delivery"))
+      .def("close", &Communicator::close, Release(), py::arg("abort") = false);
+}
+
+}  // namespace mimo_ext::bindings

@@ -1,0 +1,59 @@
+// What a channel's workers work on. Private to the channel's two source files.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "comm/channel.h"
+
+namespace mimo_ext::comm {
+
+inline constexpr int kHeaderTag = 0;
+inline constexpr int kPayloadTag = 1;
+inline constexpr int kLaneTag = 2;
+inline constexpr int kNumTags = 3;
+
+/// The view of `x` that `box` covers, or a packed copy where that is not contiguous.
+at::Tensor part_of(const at::Tensor& x, const core::Box& box);
+
+struct Channel::SendJob {
+  struct Pending {
+    std::unique_ptr<Request> request;
+    int peer;
+  };
+  std::int64_t sequence = 0;
+  std::vector<Pending> pending;
+  std::shared_ptr<Delivery> delivery;
+};
+
+struct Channel::Slot {
+  core::Message message;
+  at::Tensor buffer;  ///< a view of the result where `in_place`
+  bool in_place = false;
+  std::unique_ptr<Request> request;  ///< null for a local copy
+};
+
+struct Channel::HeaderSlot {
+  int peer = 0;
+  at::Tensor buffer;
+  std::unique_ptr<Request> request;  ///< null where the sender is this rank
+};
+
+struct Channel::Incoming {
+  at::Tensor result;
+  std::map<int, std::vector<Slot>> receives;  ///< by sender lane, each in the plan's order
+  std::vector<Slot> lane_receives;
+  std::map<int, std::vector<core::Message>> lane_sends;  ///< by sender lane
+};
+
+struct Channel::ReceiveJob {
+  std::int64_t sequence = 0;
+  std::optional<core::Microbatch> known;
+  std::vector<HeaderSlot> headers;
+  std::unique_ptr<Incoming> incoming;
+  std::vector<SendJob::Pending> forwarded;
+  std::shared_ptr<Delivery> delivery;
+};
+
+}  // namespace mimo_ext::comm

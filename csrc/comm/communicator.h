@@ -1,0 +1,78 @@
+// The bridge between two modules: both directions of one edge, on one rank.
+#pragma once
+
+#include <atomic>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "comm/channel.h"
+#include "comm/config.h"
+#include "comm/delivery.h"
+#include "comm/transport.h"
+
+namespace mimo_ext::comm {
+
+/// Thread safety: used by one thread at a time; deliveries may be awaited by others. Lifetime: owns the transport and
+/// its worker threads; close() (or the destructor, which aborts) joins them. Tensors given to a send are held until
+/// their messages are gone; received tensors belong to the caller.
+///
+/// Microbatches are matched by order: the n-th recv_forward receives the n-th send_forward, and gradients travel in the
+/// order of the forward microbatches that expect one (those sent while autograd recorded).
+class Communicator {
+ public:
+  /// `transport` is null on a rank that is on neither side; every operation then throws.
+  Communicator(BridgeConfig config, std::unique_ptr<Transport> transport, int rank);
+  ~Communicator();
+
+  bool is_source() const { return forward_ && forward_->is_sender(); }
+  bool is_destination() const { return forward_ && forward_->is_receiver(); }
+  const BridgeConfig& config() const { return config_; }
+
+  /// Called every 100 ms while an operation blocks its caller; may throw (Python: to honour Ctrl-C).
+  void set_interrupt_check(std::function<void()> check) { interrupt_check_ = std::move(check); }
+
+  /// x: source lane's tensor (this rank's shard of it). Throws std::invalid_argument before anything is sent;
+  /// BridgeError after a failure. Blocks only while max_in_flight earlier microbatches are still being sent.
+  std::shared_ptr<Delivery> send_forward(const at::Tensor& x,
+                                         const std::optional<std::vector<std::int64_t>>& row_counts,
+                                         std::optional<std::int64_t> num_samples);
+  std::shared_ptr<Delivery> recv_forward();
+  /// The gradient of the oldest received microbatch that expects one; none: undefined (with static shapes zeros
+  /// travel).
+  std::shared_ptr<Delivery> send_backward(const at::Tensor& gradient);
+  std::shared_ptr<Delivery> recv_backward();
+  /// Blocks until `delivery` has ended and returns its tensor; rethrows its error.
+  at::Tensor wait(const Delivery& delivery) const;
+
+  /// Forward microbatches whose gradient has not been asked for yet: {as source, as destination}.
+  std::pair<std::size_t, std::size_t> outstanding() const { return {sent_.size(), received_.size()}; }
+
+  /// The plan of the last forward microbatch (or of the static one), if there is one.
+  std::optional<core::Plan> last_plan() const;
+
+  /// Waits for what is under way, then joins the threads and drops the transport. `abort`: does not wait. Idempotent.
+  void close(bool abort);
+  bool closed() const { return closed_; }
+
+ private:
+  void check_open(bool needed, const char* operation, const char* role) const;
+  void wait_for_room(Channel& channel, const char* operation) const;
+  std::string where(const char* operation) const;
+
+  const BridgeConfig config_;
+  const int rank_;
+  std::unique_ptr<Transport> transport_;
+  Failure failure_;
+  std::unique_ptr<Channel> forward_;
+  std::unique_ptr<Channel> backward_;
+  std::deque<core::Microbatch> sent_;               ///< expecting a gradient
+  std::deque<std::shared_ptr<Delivery>> received_;  ///< possibly expecting one
+  std::optional<core::Microbatch> last_;
+  std::function<void()> interrupt_check_;
+  bool closed_ = false;
+};
+
+}  // namespace mimo_ext::comm

@@ -1,0 +1,146 @@
+#include "comm/config.h"
+
+#include <numeric>
+#include <sstream>
+#include <stdexcept>
+
+namespace mimo_ext::comm {
+
+namespace {
+
+/// Rows of the whole sequence axis when a member holds `local` of them. Uneven shards cannot be told from one of them.
+std::int64_t whole_rows(const core::Boundary& boundary, int member, std::int64_t local) {
+  if (!boundary.sharded()) return local;
+  const std::int64_t whole = local * boundary.num_shards();
+  std::int64_t rows = 0;
+  for (const core::Run& run : boundary.runs_of_shard(boundary.shard_of(member), whole)) rows += run.length;
+  if (rows != local) {
+    throw std::invalid_argument("module '" + boundary.module + "': a shard of " + std::to_string(local) +
+                                " rows does not tell the whole sequence; give the bridge static shapes (shape=)");
+  }
+  return whole;
+}
+
+class Describe {
+ public:
+  Describe(const BridgeConfig& config, int lane) : config_(config), lane_(lane) {
+    lanes_ = config.source.num_lanes();
+    microbatch_.ndim = config.ndim;
+    microbatch_.batch_dim = config.batch_dim;
+    microbatch_.seq_dim = config.seq_dim;
+    microbatch_.element_size = static_cast<int>(c10::elementSize(config.dtype));
+  }
+
+  core::Microbatch dense(const at::Tensor& x, int member, std::optional<std::int64_t> num_samples) {
+    const std::int64_t mine = x.size(config_.batch_dim);
+    set_samples(mine, num_samples, "samples along axis " + std::to_string(config_.batch_dim));
+    for (int axis = 0; axis < config_.ndim; ++axis) microbatch_.shape[static_cast<std::size_t>(axis)] = x.size(axis);
+    const auto seq = static_cast<std::size_t>(config_.seq_dim);
+    microbatch_.shape[seq] = whole_rows(config_.source, member, x.size(config_.seq_dim));
+    microbatch_.shape[static_cast<std::size_t>(config_.batch_dim)] = 1;
+    return microbatch_;
+  }
+
+  core::Microbatch ragged(const at::Tensor& x, int member, const std::vector<std::int64_t>& counts,
+                          std::optional<std::int64_t> num_samples) {
+    std::int64_t rows = 0;
+    for (std::int64_t count : counts) {
+      if (count < 0) bad("row_counts must not be negative, got " + std::to_string(count));
+      rows += count;
+    }
+    std::int64_t held = rows;
+    if (config_.source.sharded()) {
+      held = 0;
+      for (const core::Run& run : config_.source.runs_of_shard(config_.source.shard_of(member), rows)) {
+        held += run.length;
+      }
+    }
+    if (held != x.size(0)) {
+      bad("row_counts of " + std::to_string(counts.size()) + " samples sum to " + std::to_string(rows) +
+          " rows, expected " + std::to_string(held) + " of them here, got a tensor of " + std::to_string(x.size(0)) +
+          " rows");
+    }
+    set_samples(static_cast<std::int64_t>(counts.size()), num_samples, "row_counts");
+    microbatch_.shape = {1, x.size(1), 1};
+    microbatch_.rows.assign(static_cast<std::size_t>(microbatch_.samples), core::kUnknownRows);
+    const auto first = static_cast<std::ptrdiff_t>(microbatch_.lane_begin(lane_, lanes_));
+    std::copy(counts.begin(), counts.end(), microbatch_.rows.begin() + first);
+    return microbatch_;
+  }
+
+  /// Rows without counts: equal numbers of rows per sample. Where the number of samples is not told either, the line is
+  /// cut into the fewest equal parts that both sides' lanes are made of.
+  core::Microbatch even(const at::Tensor& x, int member, std::optional<std::int64_t> num_samples) {
+    const std::int64_t rows = whole_rows(config_.source, member, x.size(0));
+    const std::int64_t parts = std::lcm(std::int64_t{lanes_}, std::int64_t{config_.destination.num_lanes()});
+    microbatch_.samples = num_samples.value_or(parts);
+    const std::int64_t mine = microbatch_.lane_begin(lane_ + 1, lanes_) - microbatch_.lane_begin(lane_, lanes_);
+    if (mine == 0 ? rows != 0 : rows % mine != 0) {
+      bad("expected a number of rows that splits evenly into " + std::to_string(mine) +
+          (num_samples ? " samples" : " parts (the lanes of both sides)") + ", got " + std::to_string(rows) +
+          " rows; pass row_counts, the rows of each sample");
+    }
+    microbatch_.rows_per_sample = mine == 0 ? 0 : rows / mine;
+    microbatch_.shape = {1, x.size(1), 1};
+    return microbatch_;
+  }
+
+ private:
+  void set_samples(std::int64_t mine, std::optional<std::int64_t> num_samples, const std::string& what) {
+    microbatch_.samples = num_samples.value_or(mine * lanes_);
+    const std::int64_t expected = microbatch_.lane_begin(lane_ + 1, lanes_) - microbatch_.lane_begin(lane_, lanes_);
+    if (expected != mine) {
+      bad("lane " + std::to_string(lane_) + " of " + std::to_string(lanes_) + " has " + std::to_string(expected) +
+          " of " + std::to_string(microbatch_.samples) + " samples, got " + std::to_string(mine) + " " + what);
+    }
+  }
+
+  [[noreturn]] void bad(const std::string& what) const {
+    throw std::invalid_argument("module '" + config_.source.module + "': " + what);
+  }
+
+  const BridgeConfig& config_;
+  int lane_;
+  int lanes_;
+  core::Microbatch microbatch_;
+};
+
+}  // namespace
+
+core::Microbatch describe_microbatch(const BridgeConfig& config, const at::Tensor& x, int lane, int member,
+                                     const std::optional<std::vector<std::int64_t>>& row_counts,
+                                     std::optional<std::int64_t> num_samples) {
+  if (row_counts && config.ndim != 2) {
+    throw std::invalid_argument("module '" + config.source.module +
+                                "': row_counts are for 2-D tensors [rows, h], got " + std::to_string(config.ndim) +
+                                "-D");
+  }
+  if (num_samples && *num_samples < 0) {
+    throw std::invalid_argument("module '" + config.source.module + "': num_samples must not be negative, got " +
+                                std::to_string(*num_samples));
+  }
+  Describe describe(config, lane);
+  if (config.ndim == 3) return describe.dense(x, member, num_samples);
+  if (row_counts) return describe.ragged(x, member, *row_counts, num_samples);
+  return describe.even(x, member, num_samples);
+}
+
+void check_tensor(const BridgeConfig& config, const at::Tensor& x, const std::string& module, int rank,
+                  const char* operation) {
+  std::ostringstream problem;
+  if (x.layout() != at::kStrided) {
+    problem << "expected a strided tensor, got layout " << x.layout();
+  } else if (!x.device().is_cpu()) {
+    problem << "expected a CPU tensor (this bridge runs over gloo), got device " << x.device();
+  } else if (x.dim() != config.ndim) {
+    problem << "expected a tensor of " << config.ndim << " axes, got shape " << x.sizes();
+  } else if (x.scalar_type() != config.dtype) {
+    problem << "expected dtype " << config.dtype << ", got " << x.scalar_type();
+  } else {
+    return;
+  }
+  throw std::invalid_argument("bridge '" + config.name + "', rank " + std::to_string(rank) + ", module '" + module +
+                              "': " + operation + ": " + problem.str());
+}
+
+}  // namespace mimo_ext::comm

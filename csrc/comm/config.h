@@ -1,0 +1,41 @@
+// What the two sides of a bridge agree on before the first microbatch.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <chrono>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/plan.h"
+
+namespace mimo_ext::comm {
+
+struct BridgeConfig {
+  std::string name;  ///< of the edge, for messages: "images -> language"
+  core::Boundary source;
+  core::Boundary destination;
+  int ndim = 2;
+  int batch_dim = 0;
+  int seq_dim = 0;  ///< the same as batch_dim for 2-D tensors
+  at::ScalarType dtype = at::kFloat;
+  std::optional<core::Microbatch> fixed;  ///< static shapes: every microbatch is this one, and no headers are sent
+  std::chrono::milliseconds timeout{600000};
+  int max_in_flight = 32;  ///< microbatches sent and not yet received, per direction; a further send waits
+  std::uint64_t hash = 0;  ///< of all of the above that must be equal on every rank
+};
+
+/// The global microbatch as far as the rank that sends `x` knows it. `x` is the tensor of lane `lane`, member `member`
+/// of the source; `row_counts` the rows of each sample of the lane (2-D only). Throws std::invalid_argument naming
+/// module, expected and got.
+core::Microbatch describe_microbatch(const BridgeConfig& config, const at::Tensor& x, int lane, int member,
+                                     const std::optional<std::vector<std::int64_t>>& row_counts,
+                                     std::optional<std::int64_t> num_samples);
+
+/// Throws std::invalid_argument unless `x` is a strided CPU tensor of the bridge's dtype and number of axes.
+void check_tensor(const BridgeConfig& config, const at::Tensor& x, const std::string& module, int rank,
+                  const char* operation);
+
+}  // namespace mimo_ext::comm

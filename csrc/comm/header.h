@@ -1,0 +1,43 @@
+// The small host-side message that goes ahead of a payload whose shape the receiver does not know.
+//
+// Wire format: kWords little-endian int64, then (only where there are more than kInlineRows row counts) one int64 per
+// row count as a second message with the same tag. Parsing trusts nothing: magic, version, sizes and ranges are
+// checked.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace mimo_ext::comm {
+
+struct Header {
+  static constexpr std::int64_t kMagic = 0x4d494d4f45585431;  // "MIMOEXT1"
+  static constexpr std::size_t kWords = 64;
+  static constexpr std::size_t kFixedWords = 14;
+  static constexpr std::size_t kInlineRows = kWords - kFixedWords;
+  static constexpr std::int64_t kMaxSamples = std::int64_t{1} << 32;
+  using Words = std::array<std::int64_t, kWords>;
+
+  std::int64_t sequence = 0;      ///< microbatch, counted per direction
+  std::uint64_t config_hash = 0;  ///< layouts and tensor form that the sender believes in
+  bool no_gradient = false;       ///< backward: there is no gradient, and no payload follows
+  bool expects_backward = true;   ///< forward: the sender will call recv_backward for this microbatch
+  std::int64_t dtype = 0;         ///< c10::ScalarType
+  std::int64_t ndim = 2;
+  std::array<std::int64_t, 3> shape{1, 1, 1};  ///< of the whole lane; the batch axis is not used
+  std::int64_t samples = 0;                    ///< of the global microbatch
+  std::int64_t rows_per_sample = 0;            ///< 2-D without row counts
+  std::int64_t num_rows = 0;                   ///< number of row counts: 0 or the samples of the sender's lane
+  std::vector<std::int64_t> rows;              ///< row counts, num_rows of them
+
+  bool has_extension() const { return num_rows > static_cast<std::int64_t>(kInlineRows); }
+  Words encode() const;
+  /// Everything but the extension's row counts. Throws std::invalid_argument saying what is wrong.
+  static Header decode(const Words& words);
+  /// Takes the row counts of the second message. Throws std::invalid_argument.
+  void set_extension(std::vector<std::int64_t> counts);
+};
+
+}  // namespace mimo_ext::comm

@@ -1,0 +1,139 @@
+// The transfer plan: who sends which box of the boundary tensor to whom, for one microbatch in one direction.
+//
+// A plan is the intersection of two partitions of the same line of samples. Each overlap of a sender lane with a
+// receiver lane is cut separately, once over the sender's ranks and once over the receiver's; every non-empty
+// intersection of two such parts is one message. Receivers that are replicas of one another then complete each other
+// with lane copies: each rank forwards the part that it received. Fan-in, fan-out, unequal TP, ragged rows and hops
+// between equal ranks need no cases of their own.
+//
+// Values only: a Plan is immutable, owns its memory and may be shared between threads. It needs no process group: the
+// plan of any rank of any cluster can be computed anywhere.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/layout.h"
+
+namespace mimo_ext::core {
+
+inline constexpr int kMaxDims = 3;
+inline constexpr std::int64_t kUnknownRows = -1;
+
+/// A rectangular range of a tensor of two or three axes; a 2-D box has start 0 and size 1 on axis 2.
+struct Box {
+  std::array<std::int64_t, kMaxDims> start{};
+  std::array<std::int64_t, kMaxDims> size{1, 1, 1};
+
+  std::int64_t volume() const { return size[0] * size[1] * size[2]; }
+  bool operator==(const Box&) const = default;
+};
+
+/// The intersection of two boxes; volume 0 where they do not meet.
+Box intersect(const Box& a, const Box& b);
+
+/// Cut `box` into `parts` boxes whose extents along one axis differ by at most one. The axis is the outermost one that
+/// yields equal (or nearly equal) parts, so that a part is contiguous where possible, else the longest.
+std::vector<Box> cut(const Box& box, int parts);
+
+/// The global microbatch, all lanes together, as far as it is known here.
+///
+/// 3-D tensors: samples lie along batch_dim, one index each; shape holds the extents of the other two axes
+/// (shape[batch_dim] is ignored). 2-D tensors [rows, h]: batch_dim == seq_dim == 0, sample s has rows[s] rows
+/// (kUnknownRows where this process does not know), or rows_per_sample each where `rows` is empty.
+struct Microbatch {
+  int ndim = 2;
+  int batch_dim = 0;
+  int seq_dim = 0;
+  std::int64_t samples = 0;
+  std::array<std::int64_t, kMaxDims> shape{1, 1, 1};
+  std::int64_t rows_per_sample = 1;
+  std::vector<std::int64_t> rows;
+  int element_size = 1;  ///< bytes, for the plan's text only: not part of its hash
+
+  bool ragged() const { return !rows.empty(); }
+  /// First sample of lane `lane` of `lanes`: floor(lane * samples / lanes).
+  std::int64_t lane_begin(int lane, int lanes) const { return samples * lane / lanes; }
+  /// Extent of samples [first, last) along the batch axis. Throws std::invalid_argument where it needs an unknown row
+  /// count.
+  std::int64_t extent(std::int64_t first, std::int64_t last) const;
+
+  bool operator==(const Microbatch&) const = default;
+};
+
+enum class Direction : std::uint8_t { kForward, kBackward };
+
+/// One message. Boxes are in the coordinates of the tensors that the two ranks hold.
+struct Message {
+  int sender = 0;    ///< global rank
+  int receiver = 0;  ///< global rank; the same as sender for a local copy
+  int sender_lane = 0;
+  int receiver_lane = 0;
+  /// 0 writes the box. Higher values add to it, in ascending order: gradients of CP copies are partial and are summed.
+  int contribution = 0;
+  Box send_box;  ///< valid where the plan was asked for the sender, or all row counts are known
+  Box recv_box;  ///< valid where the plan was asked for the receiver, or all row counts are known
+
+  bool operator==(const Message&) const = default;
+};
+
+/// A rank's part of a plan. For any two ranks, the messages from one to the other have the same order in both ranks'
+/// lists.
+struct RankPlan {
+  std::vector<Message> sends;
+  std::vector<Message> receives;
+  std::vector<Message>
+      lane_sends;  ///< to replicas of this rank in its lane; send_box lies in this rank's received tensor
+  std::vector<Message> lane_receives;  ///< from replicas
+};
+
+class Plan {
+ public:
+  /// `source` and `destination` are the two sides of the bridge, whatever the direction.
+  /// Throws std::invalid_argument for a microbatch that does not fit (see check()).
+  Plan(Boundary source, Boundary destination, Microbatch microbatch, Direction direction);
+
+  /// The same microbatch in the other direction. An involution.
+  Plan reversed() const;
+
+  const Boundary& source() const { return source_; }
+  const Boundary& destination() const { return destination_; }
+  const Boundary& sender() const { return direction_ == Direction::kForward ? source_ : destination_; }
+  const Boundary& receiver() const { return direction_ == Direction::kForward ? destination_ : source_; }
+  const Microbatch& microbatch() const { return microbatch_; }
+  Direction direction() const { return direction_; }
+
+  /// All messages in which `rank` takes part. The cost grows with their number (and the size of the lanes met), not
+  /// with the world.
+  RankPlan for_rank(int rank) const;
+  /// Shape of the tensor that a rank holds as a sender or as a receiver. Needs the row counts of that rank's lane.
+  std::array<std::int64_t, kMaxDims> sender_shape(int lane, int member) const;
+  std::array<std::int64_t, kMaxDims> receiver_shape(int lane, int member) const;
+
+  /// Lanes of the other side that can meet this lane, whatever the number of samples.
+  static std::pair<int, int> lanes_met(int lane, int lanes, int other_lanes);
+
+  /// FNV-1a over a canonical form: equal plans have equal hashes on every machine.
+  std::uint64_t hash() const;
+  /// A table for people: one line per message of every rank, at most `max_lines` of them.
+  std::string to_string(int max_lines) const;
+
+  bool operator==(const Plan&) const = default;
+
+ private:
+  Boundary source_;
+  Boundary destination_;
+  Microbatch microbatch_;
+  Direction direction_;
+};
+
+/// FNV-1a of two boundaries and the tensor form: what two processes must agree on before the first microbatch.
+std::uint64_t hash_of(const Boundary& source, const Boundary& destination);
+
+/// "tp=2 cp=1, 3 lanes: [0 1] [2 3] [4 5]" (abbreviated for many lanes).
+std::string describe(const Boundary& boundary);
+
+}  // namespace mimo_ext::core

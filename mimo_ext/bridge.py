@@ -1,0 +1,412 @@
+"""The torch-only face of the communicator: one edge between two modules."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ._extension import _C
+from .layout import Layout, Plan
+
+BridgeError = _C.BridgeError
+BridgeTimeoutError = _C.BridgeTimeoutError
+
+_AGREEMENT_BYTES = 2048
+
+
+class Handle:
+    """An operation that is under way. `wait()` returns what the blocking form returns, and raises what it raises."""
+
+    def __init__(self, communicator: _C.Communicator, delivery: _C.Delivery, finish: Callable[[Any], Any]) -> None:
+        self._communicator = communicator
+        self._delivery = delivery
+        self._finish: Callable[[Any], Any] | None = finish
+        self._result: Any = None
+
+    def done(self) -> bool:
+        """Whether `wait()` would return (or raise) at once."""
+        return self._delivery.done()
+
+    def wait(self) -> Any:
+        if self._finish is not None:
+            self._result = self._finish(self._communicator.wait(self._delivery))
+            self._finish = None
+        return self._result
+
+
+class Bridge:
+    """Moves the boundary tensor of one module to the next, and its gradient back, between any two layouts.
+
+    The constructor is collective over the default process group (or over `group`): every rank calls it, in the same order of
+    bridges, also ranks that are on neither side. It compares the arguments of all ranks before it creates anything.
+
+    Samples of the global microbatch are split over lanes by position: lane i of k holds samples [i*B//k, (i+1)*B//k). Every rank
+    of a destination lane receives the lane's whole tensor (or its own sequence shard, where its layout says so).
+
+    Args:
+        src, dst: layouts of the two modules.
+        ndim: 2 for [rows of the lane, h], 3 for tensors with a batch and a sequence axis.
+        batch_dim, seq_dim: the axes of a 3-D tensor; seq_dim defaults to the other one of the first two.
+        dtype: of activations and gradients.
+        shape: of the global microbatch, all lanes together, where it never changes: then nothing but payload is sent. Default:
+            shapes vary, and a small header goes ahead of each payload.
+        timeout: how long any wait for a peer may last.
+        device: only "cpu" (gloo) so far.
+        src_stage, dst_stage: pipeline stages that the bridge joins: by default the source's last and the destination's first.
+        group: a process group that holds all ranks of both sides, in place of the default group.
+        max_in_flight: microbatches per direction that are sent but not yet received; a further send waits.
+        name: of the edge, for messages; default "src.name -> dst.name".
+
+    Raises:
+        ValueError: arguments that do not fit, or that differ between ranks (with both sides' values).
+        NotImplementedError: a device other than the CPU.
+    """
+
+    def __init__(
+        self,
+        src: Layout,
+        dst: Layout,
+        *,
+        ndim: int = 2,
+        batch_dim: int = 0,
+        seq_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        shape: Sequence[int] | None = None,
+        timeout: timedelta = timedelta(minutes=10),
+        device: torch.device | str = "cpu",
+        src_stage: int = -1,
+        dst_stage: int = 0,
+        group: dist.ProcessGroup | None = None,
+        max_in_flight: int = 32,
+        name: str | None = None,
+    ) -> None:
+        self.src, self.dst = src, dst
+        self.name = name or f"{src.name or 'source'} -> {dst.name or 'destination'}"
+        self.dtype, self.ndim = dtype, ndim
+        self._communicator: _C.Communicator | None = None
+        self._group: dist.ProcessGroup | None = None
+        if torch.device(device).type != "cpu":
+            raise NotImplementedError(
+                f"bridge '{self.name}': device {str(device)!r} is not supported yet; tensors must be on the CPU (gloo)"
+            )
+        if not dist.is_initialized():
+            raise RuntimeError(f"bridge '{self.name}': torch.distributed is not initialized")
+        self.rank = dist.get_rank()
+        self.batch_dim, self.seq_dim = _axes(self.name, ndim, batch_dim, seq_dim)
+        if max_in_flight < 1:
+            raise ValueError(f"bridge '{self.name}': max_in_flight must be positive, got {max_in_flight}")
+        if timeout <= timedelta(0):
+            raise ValueError(f"bridge '{self.name}': timeout must be positive, got {timeout}")
+        self._source, self._destination = src.boundary(src_stage), dst.boundary(dst_stage)
+        fixed = None if shape is None else self._fixed(tuple(int(extent) for extent in shape))
+        ranks = sorted({rank for side in (self._source, self._destination) for lane in side.lanes for rank in lane})
+        members = range(dist.get_world_size()) if group is None else dist.get_process_group_ranks(group)
+        missing = [rank for rank in ranks if rank not in members]
+        if missing:
+            raise ValueError(
+                f"bridge '{self.name}', rank {self.rank}: expected ranks of the process group "
+                f"({len(members)} ranks), got {missing} in the layouts"
+            )
+        digest = self._agree(group, None if shape is None else tuple(shape))
+        # After the agreement: ranks that differ would wait for one another here.
+        if group is None:
+            self._group = dist.new_group(ranks, timeout=timeout, backend="gloo", group_desc=f"mimo_ext {self.name}")
+        elif self.rank in ranks:
+            self._group = dist.new_group(
+                ranks,
+                timeout=timeout,
+                backend="gloo",
+                use_local_synchronization=True,
+                group_desc=f"mimo_ext {self.name}",
+            )
+        self._communicator = _C.Communicator(
+            name=self.name,
+            source=self._source,
+            destination=self._destination,
+            ndim=ndim,
+            batch_dim=self.batch_dim,
+            seq_dim=self.seq_dim,
+            dtype=dtype,
+            fixed=fixed,
+            timeout=timeout,
+            max_in_flight=max_in_flight,
+            hash=digest,
+            rank=self.rank,
+            group=self._group if self.rank in ranks else None,
+            group_ranks=ranks,
+        )
+        # Worker threads must not outlive the interpreter, even where close() was forgotten.
+        self._finalizer = weakref.finalize(self, self._communicator.close, True)
+
+    # Construction
+
+    def _fixed(self, shape: tuple[int, ...]) -> _C.Microbatch:
+        if len(shape) != self.ndim or any(extent < 0 for extent in shape):
+            raise ValueError(f"bridge '{self.name}': expected a shape of {self.ndim} extents, got {shape}")
+        samples = shape[self.batch_dim]
+        lanes = (len(self._source.lanes), len(self._destination.lanes))
+        if self.ndim == 2 and any(samples % count for count in lanes):
+            raise ValueError(
+                f"bridge '{self.name}': expected rows that split evenly over {lanes[0]} source and {lanes[1]} "
+                f"destination lanes, got {samples}; without shape=, row counts may vary"
+            )
+        return _C.Microbatch(
+            ndim=self.ndim,
+            batch_dim=self.batch_dim,
+            seq_dim=self.seq_dim,
+            samples=samples,
+            shape=list(shape),
+            element_size=self.dtype.itemsize,
+        )
+
+    def _agree(self, group: dist.ProcessGroup | None, shape: tuple[int, ...] | None) -> int:
+        """Hash of everything that must be equal on all ranks, after comparing it with theirs."""
+        text = (
+            f"{self.name}: {self._source} | {self._destination}; ndim={self.ndim} batch_dim={self.batch_dim} "
+            f"seq_dim={self.seq_dim} dtype={self.dtype} shape={shape}"
+        )
+        exact = f"{text}#{_C.hash_of(self._source, self._destination)}#{_C.TORCH_VERSION}"
+        digest = int.from_bytes(hashlib.sha256(exact.encode()).digest()[:8], "little") >> 1
+        count = dist.get_world_size(group)
+        mine = torch.tensor([digest], dtype=torch.int64)
+        digests = [torch.empty_like(mine) for _ in range(count)]
+        dist.all_gather(digests, mine, group=group)
+        if any(int(other) != digest for other in digests):
+            line = torch.zeros(_AGREEMENT_BYTES, dtype=torch.uint8)
+            data = text.encode()[:_AGREEMENT_BYTES]
+            line[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            lines = [torch.empty_like(line) for _ in range(count)]
+            dist.all_gather(lines, line, group=group)
+            texts = [bytes(other.numpy()).rstrip(b"\0").decode(errors="replace") for other in lines]
+            # All ranks name the same two: the first rank, and the first that differs from it.
+            other = next(index for index in range(count) if int(digests[index]) != int(digests[0]))
+            ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+            raise ValueError(
+                f"bridge '{self.name}', rank {self.rank}: the ranks describe different bridges: expected (rank {ranks[0]}) "
+                f"{texts[0]!r}, got (rank {ranks[other]}) {texts[other]!r}"
+            )
+        return digest
+
+    # Properties
+
+    @property
+    def is_source(self) -> bool:
+        """Whether this rank sends forward."""
+        return self._open.is_source
+
+    @property
+    def is_destination(self) -> bool:
+        """Whether this rank receives forward."""
+        return self._open.is_destination
+
+    @property
+    def closed(self) -> bool:
+        return self._communicator is None or self._communicator.closed
+
+    @property
+    def plan(self) -> Plan:
+        """The forward plan: of the static shape, else of the last microbatch sent here, else of an example of equal samples."""
+        last = self._open.last_plan()
+        if last is not None:
+            return last
+        samples = math.lcm(len(self._source.lanes), len(self._destination.lanes))
+        parts = math.lcm(len(self._source.lanes[0]), len(self._destination.lanes[0]))
+        shape = [parts] * self.ndim
+        microbatch = _C.Microbatch(
+            ndim=self.ndim,
+            batch_dim=self.batch_dim,
+            seq_dim=self.seq_dim,
+            samples=samples,
+            shape=shape,
+            rows_per_sample=parts,
+            element_size=self.dtype.itemsize,
+        )
+        return Plan(self._source, self._destination, microbatch)
+
+    @property
+    def _open(self) -> _C.Communicator:
+        if self._communicator is None:
+            raise BridgeError(f"bridge '{self.name}': its constructor did not finish")
+        return self._communicator
+
+    # The six operations
+
+    def isend_forward(
+        self, x: torch.Tensor, row_counts: Sequence[int] | None = None, num_samples: int | None = None
+    ) -> Handle:
+        """Enqueue this lane's activation; the handle's `wait()` returns None once the storage is free again.
+
+        Args:
+            x: [rows, h] or 3-D, of the bridge's dtype; this rank's shard of it where the source is sharded. Do not change it in
+                place before the handle has ended; freeing it (or swapping `x.data`) is fine.
+            row_counts: 2-D only: rows of each sample of this lane. Default: the rows split evenly.
+            num_samples: of the global microbatch; default: as many in every source lane as here.
+
+        Raises:
+            ValueError: dtype, axes, device or rows that do not fit, before anything is sent.
+            BridgeError: this rank is not on the source side, the bridge is closed, or an earlier operation failed.
+        """
+        counts = None if row_counts is None else [int(count) for count in row_counts]
+        with torch.profiler.record_function("mimo_ext::send_forward"):
+            delivery = self._open.send_forward(x, counts, num_samples)
+        return Handle(self._open, delivery, lambda _: None)
+
+    def send_forward(
+        self, x: torch.Tensor, row_counts: Sequence[int] | None = None, num_samples: int | None = None
+    ) -> None:
+        """As `isend_forward`, without a handle: returns once enqueued and never waits for the receiver."""
+        self.isend_forward(x, row_counts, num_samples)
+
+    def irecv_forward(self) -> Handle:
+        """Post the receive of the next microbatch; `wait()` returns a leaf tensor with `requires_grad=True` (floating dtypes,
+        unless the sender or the receiver ran under `torch.no_grad()`)."""
+        wants_backward = torch.is_grad_enabled()
+        with torch.profiler.record_function("mimo_ext::recv_forward"):
+            delivery = self._open.recv_forward()
+
+        def finish(y: torch.Tensor) -> torch.Tensor:
+            if not wants_backward:
+                return y
+            return y.requires_grad_(delivery.expects_backward and (y.is_floating_point() or y.is_complex()))
+
+        return Handle(self._open, delivery, finish)
+
+    def recv_forward(self) -> torch.Tensor:
+        """The next microbatch of this lane.
+
+        Raises:
+            BridgeTimeoutError: nothing came within the timeout; names the peer and the microbatch.
+            BridgeError: a peer died or sent something else than expected, or this rank is not on the destination side.
+        """
+        with torch.profiler.record_function("mimo_ext::recv_forward.wait"):
+            return self.irecv_forward().wait()
+
+    def isend_backward(self, dy: torch.Tensor | None) -> Handle:
+        """Enqueue the gradient of the oldest received microbatch that waits for one; None says that there is none (with static
+        shapes, zeros are sent in its place)."""
+        with torch.profiler.record_function("mimo_ext::send_backward"):
+            delivery = self._open.send_backward(dy)
+        return Handle(self._open, delivery, lambda _: None)
+
+    def send_backward(self, dy: torch.Tensor | None) -> None:
+        """As `isend_backward`, without a handle."""
+        self.isend_backward(dy)
+
+    def irecv_backward(self) -> Handle:
+        """Post the receive of the oldest outstanding gradient; `wait()` returns it, or None where there is none."""
+        with torch.profiler.record_function("mimo_ext::recv_backward"):
+            delivery = self._open.recv_backward()
+        return Handle(self._open, delivery, lambda dx: dx)
+
+    def recv_backward(self) -> torch.Tensor | None:
+        """The gradient of the oldest sent microbatch; errors as `recv_forward`."""
+        with torch.profiler.record_function("mimo_ext::recv_backward.wait"):
+            return self.irecv_backward().wait()
+
+    # End
+
+    def close(self, abort: bool = False) -> None:
+        """End the bridge: wait for what is under way (`abort`: do not), join its threads, give up its process group.
+
+        Later operations raise BridgeError. Calling it again does nothing.
+        """
+        if self._communicator is None or self._communicator.closed:
+            return
+        self._communicator.close(abort)
+        self._finalizer.detach()
+        group, self._group = self._group, None
+        if group is not None and group is not dist.GroupMember.NON_GROUP_MEMBER and dist.is_initialized():
+            # destroy_process_group() of everything may have come first.
+            with contextlib.suppress(ValueError, AssertionError, RuntimeError):
+                dist.destroy_process_group(group)
+
+    def __enter__(self) -> Bridge:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Peers of a rank that failed may never come: do not wait for them.
+        self.close(abort=kind is not None)
+
+    def __repr__(self) -> str:
+        return f"Bridge({self.name}: {self._source} | {self._destination}; ndim={self.ndim}, {self.dtype})"
+
+
+def _axes(name: str, ndim: int, batch_dim: int, seq_dim: int | None) -> tuple[int, int]:
+    if ndim not in (2, 3):
+        raise ValueError(f"bridge '{name}': ndim: expected 2 or 3, got {ndim}")
+    if ndim == 2:
+        if batch_dim != 0 or seq_dim not in (None, 0):
+            raise ValueError(
+                f"bridge '{name}': 2-D tensors are [rows, h]: expected batch_dim=0, got {batch_dim}, {seq_dim}"
+            )
+        return 0, 0
+    if seq_dim is None:
+        seq_dim = 1 if batch_dim == 0 else 0
+    if not 0 <= batch_dim < 3 or not 0 <= seq_dim < 3 or batch_dim == seq_dim:
+        raise ValueError(
+            f"bridge '{name}': expected two different axes of a 3-D tensor, got batch_dim={batch_dim}, seq_dim={seq_dim}"
+        )
+    return batch_dim, seq_dim
+
+
+class _BridgeFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, bridge: Bridge, x: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        ctx.bridge = bridge
+        ctx.x_meta = (x.shape, x.dtype) if bridge.is_source else None
+        with (
+            torch.enable_grad()
+        ):  # whether gradients are wanted was decided outside: forward() always runs under no_grad
+            if bridge.is_source:
+                bridge.send_forward(x.detach(), **options)
+            if bridge.is_destination:
+                return bridge.recv_forward().detach()
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[None, torch.Tensor | None, None]:
+        bridge: Bridge = ctx.bridge
+        if bridge.is_destination:
+            bridge.send_backward(dy.contiguous())
+        if not bridge.is_source:
+            return None, None, None
+        dx = bridge.recv_backward()
+        if dx is None:
+            shape, dtype = ctx.x_meta
+            dx = torch.zeros(shape, dtype=dtype)
+        return None, dx, None
+
+
+def bridge(x: torch.Tensor | None, bridge: Bridge, **options: Any) -> torch.Tensor:
+    """Differentiable form, called by every rank of both sides: `y = mimo_ext.bridge(x, b)`.
+
+    On destination ranks it returns the received tensor; its backward sends the gradient. On ranks that are only a source it
+    returns a zero scalar that stands for the transfer: call `backward()` on it (or add it to the loss) to receive `x`'s gradient.
+    On ranks that are only a destination `x` is None. Under `torch.no_grad()` nothing travels back.
+
+    Args:
+        x: as in `Bridge.send_forward`; None on ranks that only receive.
+        options: `row_counts` and `num_samples` of `Bridge.send_forward`.
+
+    Raises:
+        ValueError: a source rank without `x`; otherwise as the bridge's operations.
+    """
+    if bridge.is_source and x is None:
+        raise ValueError(f"bridge '{bridge.name}', rank {bridge.rank}: expected a tensor on a source rank, got None")
+    if not torch.is_grad_enabled():
+        if bridge.is_source:
+            assert x is not None
+            bridge.send_forward(x, **options)
+        return bridge.recv_forward() if bridge.is_destination else torch.zeros((), dtype=bridge.dtype)
+    # A leaf that requires grad keeps the node in the graph also where x is absent or frozen: the peers wait for its backward.
+    anchor = torch.zeros((), dtype=bridge.dtype, requires_grad=True)
+    start = anchor if x is None else x if x.requires_grad else x.detach().requires_grad_()
+    return _BridgeFunction.apply(bridge, start, options)
