@@ -1,0 +1,176 @@
+#include <ATen/OpMathType.h>
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "ops/pack.h"
+#include "ops/strided.h"
+
+namespace mimo_ext::ops {
+namespace {
+
+/// Calls `visit(region, first, count)` for each box of `t` that is not empty: its elements lie in `region` of `t` and
+/// at [first, first + count) of the buffer.
+template <typename Visit>
+void for_each_box(const at::Tensor& t, at::IntArrayRef starts, at::IntArrayRef sizes, Visit&& visit) {
+  const auto ndim = static_cast<size_t>(t.dim());
+  int64_t first = 0;
+  for (size_t box = 0; box < starts.size(); box += ndim) {
+    int64_t offset = 0;
+    for (size_t d = 0; d < ndim; ++d) offset += starts[box + d] * t.strides()[d];
+    const Strided region = merge_dims(sizes.slice(box, ndim), t.strides(), offset);
+    const int64_t count = region.numel();
+    if (count > 0) visit(region, first, count);
+    first += count;
+  }
+}
+
+/// Moves `count` elements of `kBytes` bytes; steps are in bytes. memcpy of a constant size is one move, whatever the
+/// alignment of the pointers.
+template <size_t kBytes>
+void move_elements(const std::byte* src, int64_t src_step, std::byte* dst, int64_t dst_step, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) std::memcpy(dst + i * dst_step, src + i * src_step, kBytes);
+}
+
+/// Moves a run of `count` elements of `itemsize` bytes; steps are in bytes.
+void move_run(int64_t itemsize, const std::byte* src, int64_t src_step, std::byte* dst, int64_t dst_step,
+              int64_t count) {
+  if (src_step == itemsize && dst_step == itemsize) {
+    std::memcpy(dst, src, static_cast<size_t>(count * itemsize));
+    return;
+  }
+  switch (itemsize) {
+    case 1:
+      return move_elements<1>(src, src_step, dst, dst_step, count);
+    case 2:
+      return move_elements<2>(src, src_step, dst, dst_step, count);
+    case 4:
+      return move_elements<4>(src, src_step, dst, dst_step, count);
+    case 8:
+      return move_elements<8>(src, src_step, dst, dst_step, count);
+    case 16:
+      return move_elements<16>(src, src_step, dst, dst_step, count);
+    default:
+      TORCH_CHECK_TYPE(false, "expected elements of 1, 2, 4, 8 or 16 bytes, got ", itemsize);
+  }
+}
+
+template <typename scalar_t>
+scalar_t sum(scalar_t a, scalar_t b) {
+  if constexpr (std::is_integral_v<scalar_t>) {
+    // Wraps around, as PyTorch's integers do; signed overflow would be undefined.
+    using unsigned_t = std::make_unsigned_t<scalar_t>;
+    return static_cast<scalar_t>(static_cast<unsigned_t>(a) + static_cast<unsigned_t>(b));
+  } else {
+    // Narrow types are added in float and rounded once.
+    using opmath_t = std::conditional_t<sizeof(scalar_t) == 1, float, at::opmath_type<scalar_t>>;
+    return static_cast<scalar_t>(static_cast<opmath_t>(a) + static_cast<opmath_t>(b));
+  }
+}
+
+template <typename scalar_t>
+void add_boxes(const at::Tensor& out, const at::Tensor& buffer, at::IntArrayRef starts, at::IntArrayRef sizes) {
+  auto* to = static_cast<scalar_t*>(out.mutable_data_ptr());
+  const auto* from = static_cast<const scalar_t*>(buffer.const_data_ptr());
+  for_each_box(out, starts, sizes, [&](const Strided& region, int64_t first, int64_t count) {
+    const scalar_t* piece = from + first;
+    const int64_t stride = region.strides.back();
+    for_each_run(region, 0, count, [&](int64_t offset, int64_t n) {
+      scalar_t* run = to + offset;
+      for (int64_t i = 0; i < n; ++i) run[i * stride] = sum(run[i * stride], piece[i]);
+      piece += n;
+    });
+  });
+}
+
+void add_boxes_of_any_dtype(const at::Tensor& out, const at::Tensor& buffer, at::IntArrayRef starts,
+                            at::IntArrayRef sizes) {
+  switch (out.scalar_type()) {
+    case at::kFloat:
+      return add_boxes<float>(out, buffer, starts, sizes);
+    case at::kDouble:
+      return add_boxes<double>(out, buffer, starts, sizes);
+    case at::kBFloat16:
+      return add_boxes<at::BFloat16>(out, buffer, starts, sizes);
+    case at::kHalf:
+      return add_boxes<at::Half>(out, buffer, starts, sizes);
+    case at::kFloat8_e4m3fn:
+      return add_boxes<at::Float8_e4m3fn>(out, buffer, starts, sizes);
+    case at::kFloat8_e5m2:
+      return add_boxes<at::Float8_e5m2>(out, buffer, starts, sizes);
+    case at::kFloat8_e4m3fnuz:
+      return add_boxes<at::Float8_e4m3fnuz>(out, buffer, starts, sizes);
+    case at::kFloat8_e5m2fnuz:
+      return add_boxes<at::Float8_e5m2fnuz>(out, buffer, starts, sizes);
+    case at::kByte:
+      return add_boxes<uint8_t>(out, buffer, starts, sizes);
+    case at::kChar:
+      return add_boxes<int8_t>(out, buffer, starts, sizes);
+    case at::kUInt16:
+      return add_boxes<uint16_t>(out, buffer, starts, sizes);
+    case at::kShort:
+      return add_boxes<int16_t>(out, buffer, starts, sizes);
+    case at::kUInt32:
+      return add_boxes<uint32_t>(out, buffer, starts, sizes);
+    case at::kInt:
+      return add_boxes<int32_t>(out, buffer, starts, sizes);
+    case at::kUInt64:
+      return add_boxes<uint64_t>(out, buffer, starts, sizes);
+    case at::kLong:
+      return add_boxes<int64_t>(out, buffer, starts, sizes);
+    case at::kComplexHalf:
+      return add_boxes<c10::complex<at::Half>>(out, buffer, starts, sizes);
+    case at::kComplexFloat:
+      return add_boxes<c10::complex<float>>(out, buffer, starts, sizes);
+    case at::kComplexDouble:
+      return add_boxes<c10::complex<double>>(out, buffer, starts, sizes);
+    default:
+      TORCH_CHECK_TYPE(false, "unpack_: adding is not supported for dtype ", out.scalar_type());
+  }
+}
+
+void pack_into_cpu(const at::Tensor& buffer, const at::Tensor& x, at::IntArrayRef starts, at::IntArrayRef sizes) {
+  check_pack_into(buffer, x, starts, sizes);
+  const auto itemsize = static_cast<int64_t>(x.element_size());
+  const auto* from = static_cast<const std::byte*>(x.const_data_ptr());
+  auto* to = static_cast<std::byte*>(buffer.mutable_data_ptr());
+  for_each_box(x, starts, sizes, [&](const Strided& region, int64_t first, int64_t count) {
+    std::byte* piece = to + first * itemsize;
+    const int64_t step = region.strides.back() * itemsize;
+    for_each_run(region, 0, count, [&](int64_t offset, int64_t n) {
+      move_run(itemsize, from + offset * itemsize, step, piece, itemsize, n);
+      piece += n * itemsize;
+    });
+  });
+}
+
+void unpack_cpu(const at::Tensor& out, const at::Tensor& buffer, at::IntArrayRef starts, at::IntArrayRef sizes,
+                bool accumulate) {
+  check_unpack_(out, buffer, starts, sizes, accumulate);
+  const at::Tensor pieces = buffer.contiguous();  // an incoming gradient may be expanded
+  if (accumulate) return add_boxes_of_any_dtype(out, pieces, starts, sizes);
+  const auto itemsize = static_cast<int64_t>(out.element_size());
+  const auto* from = static_cast<const std::byte*>(pieces.const_data_ptr());
+  auto* to = static_cast<std::byte*>(out.mutable_data_ptr());
+  for_each_box(out, starts, sizes, [&](const Strided& region, int64_t first, int64_t count) {
+    const std::byte* piece = from + first * itemsize;
+    const int64_t step = region.strides.back() * itemsize;
+    for_each_run(region, 0, count, [&](int64_t offset, int64_t n) {
+      move_run(itemsize, piece, itemsize, to + offset * itemsize, step, n);
+      piece += n * itemsize;
+    });
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mimo_ext, CPU, m) {
+  m.impl("pack_into", pack_into_cpu);
+  m.impl("unpack_", unpack_cpu);
+}
+
+}  // namespace mimo_ext::ops
