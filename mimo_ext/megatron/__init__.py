@@ -20,6 +20,8 @@ _HOME = {
     "build_hypercomm_grids": "builder",
     "MultiModulePipelineCommunicator": "communicator",
     "MimoModel": "model",
+    "MegatronMIMOInfra": "provider",
+    "MegatronMIMOProvider": "provider",
     "MimoModelInfra": "provider",
     "MimoModelProvider": "provider",
 }

@@ -16,12 +16,16 @@ def compose_hooks(hooks: list[Hook]) -> Hook:
 
     def composed(models: list[Any]) -> list[Any]:
         for hook in hooks:
-            result = hook(models)
-            if result is not None:
-                models = result
+            models = run_hook(hook, models)
         return models
 
     return composed
+
+
+def run_hook(hook: Hook, models: list[Any]) -> list[Any]:
+    """What the hook returns; the same models where it returns None."""
+    result = hook(models)
+    return models if result is None else result
 
 
 class _HookRegistry:

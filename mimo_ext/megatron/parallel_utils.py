@@ -8,9 +8,9 @@ The functions given to Megatron's schedule are bound with `functools.partial`:
     )
 
 Gradients follow one formula. A module's DDP has multiplied the sum over its ranks by ``p``: 1 with
-``calculate_per_token_loss``, else 1 / (DP x CP of its grid). Wanted is ``target`` times that sum: 1 / N with N tokens in
-the global batch where the loss is per token, else 1 / (DP x CP of the language module). So every module is rescaled by
-``target / p``, whatever its sizes and flag. The sum counts an encoder that is replicated over CP once.
+``calculate_per_token_loss``, else 1 / (DP x CP of its grid). Wanted is ``target`` times that sum: 1 / N with N tokens
+in the global batch where the loss is per token, else 1 / (DP x CP of the language module). So every module is rescaled
+by ``target / p``, whatever its sizes and flag. The sum counts an encoder that is replicated over CP once.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads as _finalize_model_grads
 from megatron.core.models.mimo import MimoModel
 from megatron.core.utils import get_model_config
-
 from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY
 
 logger = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ def finalize_model_grads_multimodule(
 
 
 def _one_over(num_tokens: Any) -> float | torch.Tensor | None:
-    """1 / N: a number on the CPU (None for N == 0), a 0-d tensor on a device (0 for N == 0), whose value is not read."""
+    """1 / N: on the CPU a number, None for N == 0; on a device a 0-d tensor, 0 for N == 0, that nobody waits for."""
     if num_tokens.device.type == "cpu":
         total = num_tokens.item()
         return 1.0 / total if total > 0 else None

@@ -5,24 +5,28 @@ The functions and classes that this module imports are looked up in it at each c
 
 from __future__ import annotations
 
-import copy
-import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.mimo.config import MimoModelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.utils import get_model_config
-
-from mimo_ext.megatron._provider_base import Hook, ProviderBase, compose_hooks
+from mimo_ext.megatron._precision import cast, resolve_dtype, set_precision
+from mimo_ext.megatron._provider_base import Hook, ProviderBase, compose_hooks, run_hook
+from mimo_ext.megatron._specs import (
+    _finalize_transformer_configs_in_specs,
+    freeze,
+    language_spec_with_groups,
+    modality_spec_with_groups,
+    set_parallel_sizes,
+)
 from mimo_ext.megatron.builder import (
     EXPERT_VIEW_NAME,
     build_hypercomm_grids,
@@ -34,8 +38,6 @@ from mimo_ext.megatron.config import MimoParallelismConfig
 from mimo_ext.megatron.ddp import wrap_mimo_model_distributed
 from mimo_ext.megatron.model import MimoModel
 from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -139,8 +141,8 @@ class MimoModelProvider(ProviderBase):
             return
         if not dist.is_initialized():
             raise RuntimeError(
-                "torch.distributed must be initialized before finalize(): the parallelism config is checked against "
-                "the number of ranks. Call torch.distributed.init_process_group() first."
+                "MIMO requires torch.distributed to be initialized before finalize(), which checks the parallelism "
+                "config against the number of ranks. Call torch.distributed.init_process_group() first."
             )
         config.finalize(dist.get_world_size())
 
@@ -169,11 +171,17 @@ class MimoModelProvider(ProviderBase):
 
     def get_or_build_infra(self) -> MimoModelInfra:
         """The infrastructure, built by the first call. Groups of a destroyed default process group are not reused."""
-        world = dist.group.WORLD if dist.is_initialized() else None
-        if self._cached_infra is None or self.__dict__.get("_infra_world") is not world:
-            self._cached_infra = self.build_infra()
-            self.__dict__["_infra_world"] = world
+        if not self._infra_is_current():
+            self._remember(self.build_infra())
+        assert self._cached_infra is not None
         return self._cached_infra
+
+    def _infra_is_current(self) -> bool:
+        return self._cached_infra is not None and self.__dict__.get("_infra_world") is _world()
+
+    def _remember(self, infra: MimoModelInfra) -> None:
+        self._cached_infra = infra
+        self.__dict__["_infra_world"] = _world()
 
     def _get_pg_collections_from_grids(self, grids: dict[str, Any]) -> dict[str, ProcessGroupCollection | None]:
         """Process groups of each module from its grid, None where this rank is not in it; collective."""
@@ -192,33 +200,13 @@ class MimoModelProvider(ProviderBase):
         post_process: bool | None = None,
     ) -> ModuleSpec:
         """A deep copy of the spec with the groups, and with the stage's flags where they are given."""
-        spec = copy.deepcopy(spec)
-        params = spec.params = {} if spec.params is None else spec.params
-        params["pg_collection"] = pg_collection
-        if pre_process is not None:
-            params["pre_process"] = pre_process
-        if post_process is not None:
-            params["post_process"] = post_process
-        return spec
+        return language_spec_with_groups(spec, pg_collection, pre_process, post_process)
 
     def _inject_pg_collection_into_modality_spec(
         self, spec: ModuleSpec, pg_collection: ProcessGroupCollection
     ) -> ModuleSpec:
         """A deep copy of the spec whose encoders have the groups and TP size, and whose projections the TP group."""
-        spec = copy.deepcopy(spec)
-        submodules = spec.submodules or {}
-        tp_group = getattr(pg_collection, "tp", None)
-        for encoder in submodules.get("encoders", {}).values():
-            params = encoder.params = {} if encoder.params is None else encoder.params
-            params["pg_collection"] = pg_collection
-            config = params.get("transformer_config")
-            if config is not None and tp_group is not None:
-                config.tensor_model_parallel_size = tp_group.size()
-        for projection in submodules.get("input_projections", []):
-            if isinstance(projection, ModuleSpec):
-                params = projection.params = {} if projection.params is None else projection.params
-                params.setdefault("tp_group", tp_group)
-        return spec
+        return modality_spec_with_groups(spec, pg_collection)
 
     # --- the model
 
@@ -256,7 +244,8 @@ class MimoModelProvider(ProviderBase):
                 pre_process=is_pp_first_stage(language_groups.pp),
                 post_process=is_pp_last_stage(language_groups.pp),
             )
-            self._set_parallel_sizes(language_spec)
+            assert config is not None
+            set_parallel_sizes(language_spec, config.module_parallelisms[MIMO_LANGUAGE_MODULE_KEY])
             model_groups = {"cp_group": language_groups.cp, "tp_group": language_groups.tp}
 
         modality_specs = {}
@@ -287,17 +276,6 @@ class MimoModelProvider(ProviderBase):
         """Spec of the language model for this rank's pipeline stage."""
         assert self.language_model_spec is not None
         return self.language_model_spec
-
-    def _set_parallel_sizes(self, language_spec: ModuleSpec) -> None:
-        """Make the (copied) language config say what the grid says; layers count their share by it."""
-        config = (language_spec.params or {}).get("config")
-        if not isinstance(config, ModelParallelConfig):
-            return
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-            size = self._language_size(name)
-            if getattr(config, name) != size:
-                logger.info("language model config: %s is %s, the grid has %s", name, getattr(config, name), size)
-                setattr(config, name, size)
 
     def provide_distributed_model(
         self,
@@ -345,7 +323,7 @@ class MimoModelProvider(ProviderBase):
         self._check_supported(use_megatron_fsdp, use_torch_fsdp2, init_model_with_meta_device)
         if wrap_with_ddp and ddp_config is None:
             raise ValueError("ddp_config is required when wrap_with_ddp is True")
-        dtype = self._dtype(fp16, bf16)
+        dtype = resolve_dtype(fp16, bf16, self.fp16, self.bf16)
 
         self.finalize()
         infra = self.get_or_build_infra()
@@ -353,7 +331,7 @@ class MimoModelProvider(ProviderBase):
 
         pre_hook = self._resolve_hooks(pre_wrap_hook)
         if pre_hook is not None:
-            models = _run_hook(pre_hook, models)
+            models = run_hook(pre_hook, models)
         if not self._resolve_cpu_initialization(use_cpu_initialization) and torch.cuda.is_available():
             for model in models:
                 model.cuda(torch.cuda.current_device())
@@ -361,8 +339,8 @@ class MimoModelProvider(ProviderBase):
             config = get_model_config(model)
             # Rows per microbatch vary at the seam between modules.
             config.variable_seq_lengths = True
-            self._set_precision(config, dtype)
-        models = self._cast(models, dtype)
+            set_precision(config, dtype)
+        models = [cast(model, dtype) for model in models]
         for model in models:
             self._move_frozen_params_to_device(model)
 
@@ -377,53 +355,26 @@ class MimoModelProvider(ProviderBase):
         models = self._wrap_mixed_precision(models, dtype, mixed_precision_wrapper)
 
         post_hook = post_wrap_hook or self.post_wrap_hook
-        return models if post_hook is None else _run_hook(post_hook, models)
+        return models if post_hook is None else run_hook(post_hook, models)
 
     def _check_supported(self, megatron_fsdp: bool, torch_fsdp2: bool, meta_device: bool | None) -> None:
         meta_device = self.init_model_with_meta_device if meta_device is None else meta_device
         vp_size = self.virtual_pipeline_model_parallel_size
-        refused = {
-            "use_megatron_fsdp": megatron_fsdp,
-            "use_torch_fsdp2": torch_fsdp2,
-            "init_model_with_meta_device": meta_device,
-            "virtual_pipeline_model_parallel_size": vp_size is not None and vp_size > 1,
-        }
-        for name, wanted in refused.items():
-            if wanted:
-                raise NotImplementedError(f"{name} is not supported for MIMO models; use DDP (wrap_with_ddp=True).")
-
-    def _dtype(self, fp16: bool | None, bf16: bool | None) -> torch.dtype:
-        """Precision from the arguments and, where they are None, the provider's fields."""
-        if fp16 is None and bf16 is None:
-            fp16, bf16 = self.fp16, self.bf16
-        elif fp16 is None:
-            fp16 = self.fp16 and not bf16
-        elif bf16 is None:
-            bf16 = self.bf16 and not fp16
-        if fp16 and bf16:
-            raise ValueError("expected at most one of fp16 and bf16, got both True")
-        if fp16:
-            return torch.float16
-        return torch.bfloat16 if bf16 else torch.float32
+        if megatron_fsdp or torch_fsdp2:
+            flag = "use_megatron_fsdp" if megatron_fsdp else "use_torch_fsdp2"
+            raise NotImplementedError(
+                f"FSDP is not yet supported for MIMO models ({flag}=True). Use wrap_with_ddp=True."
+            )
+        if meta_device:
+            raise NotImplementedError("init_model_with_meta_device=True is not supported for MIMO models.")
+        if vp_size is not None and vp_size > 1:
+            raise NotImplementedError(
+                f"virtual_pipeline_model_parallel_size={vp_size} is not supported for MIMO models."
+            )
 
     def _resolve_cpu_initialization(self, argument: bool | None) -> bool:
         """Whether the model stays on the CPU."""
         return bool(argument) or self.use_cpu_initialization
-
-    def _set_precision(self, config: Any, dtype: torch.dtype) -> None:
-        """Write the precision into the model's config: Float16Module, DDP and the communicator read it there."""
-        config.fp16 = dtype is torch.float16
-        config.bf16 = dtype is torch.bfloat16
-        config.params_dtype = dtype
-        if getattr(config, "pipeline_dtype", None) is None:
-            config.pipeline_dtype = dtype
-
-    def _cast(self, models: list[Any], dtype: torch.dtype) -> list[Any]:
-        if dtype is torch.float16:
-            return [model.half() for model in models]
-        if dtype is torch.bfloat16:
-            return [model.bfloat16() for model in models]
-        return models
 
     def _wrap_with_ddp(self, model: Any, ddp_config: Any, infra: MimoModelInfra, disable_bucketing: bool) -> Any:
         return wrap_mimo_model_distributed(
@@ -458,7 +409,7 @@ class MimoModelProvider(ProviderBase):
         """Take the frozen parts' parameters out of training."""
         language_model = getattr(model, "language_model", None)
         if self.freeze_language_model and language_model is not None:
-            _freeze(language_model)
+            freeze(language_model)
         submodules = getattr(model, "modality_submodules", None)
         if submodules is None:
             return
@@ -468,7 +419,7 @@ class MimoModelProvider(ProviderBase):
         ):
             for name, frozen in flags.items():
                 if frozen and name in submodules and hasattr(submodules[name], part):
-                    _freeze(getattr(submodules[name], part))
+                    freeze(getattr(submodules[name], part))
 
     @staticmethod
     def _move_frozen_params_to_device(model: Any) -> None:
@@ -481,14 +432,9 @@ class MimoModelProvider(ProviderBase):
                 tensor.data = tensor.data.to(device)
 
 
-def _freeze(module: Any) -> None:
-    for parameter in module.parameters():
-        parameter.requires_grad = False
-
-
-def _run_hook(hook: Hook, models: list[Any]) -> list[Any]:
-    result = hook(models)
-    return models if result is None else result
+def _world() -> Any:
+    """The default process group, None where there is none: cached groups die with it."""
+    return dist.group.WORLD if dist.is_initialized() else None
 
 
 def _ddp_modules(model: Any) -> list[Any]:
@@ -541,22 +487,10 @@ def _get_gtp_remat_process_group_kwargs(dp_cp: Any, expt_dp: Any, tp_ep_pp: Any)
     return {name: group for name, group in groups.items() if name in declared}
 
 
-def _finalize_transformer_configs_in_specs(
-    language_spec: ModuleSpec | None, modality_specs: dict[str, ModuleSpec]
-) -> None:
-    """Call ``finalize()`` of every Megatron-Bridge TransformerConfig in the specs; other objects are left alone."""
-    # Nothing can be an instance of the class before its module was imported, so it is not imported for this.
-    module = sys.modules.get("megatron.bridge.models.transformer_config")
-    if module is None:
-        return
-    specs: list[Any] = [language_spec]
-    for modality_spec in modality_specs.values():
-        submodules = getattr(modality_spec, "submodules", None) or {}
-        for parts in ("encoders", "decoders"):
-            specs.extend((submodules.get(parts) or {}).values())
-        for parts in ("input_projections", "output_projections"):
-            specs.extend(submodules.get(parts) or [])
-    for spec in specs:
-        for value in (getattr(spec, "params", None) or {}).values():
-            if isinstance(value, module.TransformerConfig) and hasattr(value, "finalize"):
-                value.finalize()
+def __getattr__(name: str) -> Any:
+    # The released generation's names live in a module of their own, which imports this one.
+    if name in ("MegatronMIMOInfra", "MegatronMIMOProvider"):
+        from mimo_ext.megatron import _released_provider
+
+        return getattr(_released_provider, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
