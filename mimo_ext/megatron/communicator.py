@@ -1,0 +1,466 @@
+"""`MultiModulePipelineCommunicator`: Megatron's pipeline schedule across modules, over `mimo_ext.Bridge`.
+
+The class is accepted wherever Megatron's own is (it is a subclass that calls none of its parent's code) and answers
+to the same six operations. One bridge per edge of the topology joins the last stage of a module with the first of the
+next; the stages inside a module are joined by bridges from rank to same-coordinate rank. No send waits for its peer
+and every combined operation sends before it receives, so that encoders of unequal depth cannot block one another.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel.multimodule_communicator import (
+    MultiModulePipelineCommunicator as _MegatronCommunicator,
+)
+from torch.profiler import record_function
+
+from mimo_ext import Bridge, Layout
+from mimo_ext.megatron.adapters import _prepare_tensor_for_comm, _restore_tensor_from_comm
+from mimo_ext.megatron.hop import ModuleBridge, Shape, StageCommunicator
+from mimo_ext.megatron.stage_io import Input, Output, StageIO
+from mimo_ext.megatron.topology import (
+    DEFAULT_DIM_MAPPING,
+    agree,
+    check_dim_mapping,
+    check_modules,
+    check_output_ndim,
+    count_stages,
+)
+
+__all__ = [
+    "MultiModulePipelineCommunicator",
+    "RankModuleInfo",
+    "Shape",
+    "_prepare_tensor_for_comm",
+    "_restore_tensor_from_comm",
+    "logger",
+]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RankModuleInfo:
+    """What a rank is in one of its modules.
+
+    Attributes:
+        pp_rank: pipeline stage of this rank within the module.
+        pp_size: number of pipeline stages of the module.
+        p2p_communicator: transfers between the stages of the module.
+        bridge_comms_as_src_module: bridges to downstream modules; empty before the module's last stage.
+        bridge_comms_as_dest_module: bridges from upstream modules; empty after the module's first stage.
+        is_source_stage: this is the first stage of a module that nothing feeds.
+        is_terminal_stage: this is the last stage of a module that feeds nothing.
+    """
+
+    pp_rank: int
+    pp_size: int
+    p2p_communicator: StageCommunicator | None
+    bridge_comms_as_src_module: list[ModuleBridge] | None
+    bridge_comms_as_dest_module: list[ModuleBridge] | None
+    is_source_stage: bool | None = True
+    is_terminal_stage: bool | None = True
+
+
+class MultiModulePipelineCommunicator(_MegatronCommunicator):
+    """Communicator for a multi-module pipeline.
+
+    The constructor is collective over the default process group. Every rank calls it with equal arguments, whether or
+    not it is in a module. Where the arguments differ or cannot work it raises on every rank, before any process group
+    is made. Use it as a context manager, or call `close()`.
+
+    Args:
+        module_to_grid_map: grid of each module (`HyperCommGrid`, or anything with `rank_offset`, `size`, `shape`,
+            `dim_names`), e.g. `{"images": grid_a, "language": grid_b}`.
+        topology: downstream modules of each module, e.g. `{"images": ["language"], "language": []}`.
+        config: a ModelParallelConfig; its `pipeline_dtype` (`params_dtype` where that is None) is what travels.
+        dim_mapping: axes of sequence, batch and hidden in 3-D tensors; default `{"s": 0, "b": 1, "h": 2}`. 2-D
+            tensors are `[rows, h]`.
+        module_output_ndim: dimensions of a module's output, 2 or 3; default 3.
+        timeout: how long an operation waits for a peer before it raises `BridgeTimeoutError`; default that of
+            `Bridge`.
+        device: where received tensors live; default the current CUDA device if the default group is NCCL's, else the
+            CPU.
+        model: see `bind`.
+
+    Raises:
+        ValueError, TypeError: arguments that cannot work; rank, module, expected and got are named.
+        RuntimeError: the ranks were given different arguments.
+    """
+
+    def __init__(
+        self,
+        module_to_grid_map: dict[str, Any],
+        topology: dict[str, list[str]],
+        config: Any,
+        dim_mapping: dict[str, int] | None = None,
+        module_output_ndim: dict[str, int] | None = None,
+        *,
+        timeout: timedelta | None = None,
+        device: torch.device | str | None = None,
+        model: torch.nn.Module | None = None,
+    ) -> None:
+        if not dist.is_initialized():
+            raise RuntimeError("expected an initialised default process group (torch.distributed.init_process_group)")
+        self.module_to_grid_map = module_to_grid_map
+        self.topology = topology
+        self.config = config
+        self.dim_mapping = dim_mapping
+        self.module_output_ndim = module_output_ndim or {}
+        self.current_rank = dist.get_rank()
+        self.timeout = timeout
+        self.device = torch.device(device) if device is not None else _default_device()
+        self.bridge_comms: list[ModuleBridge] = []
+        self.rank_module_map: dict[str, RankModuleInfo] = {}
+        self._hops: dict[tuple[str, int], Bridge] = {}  # (module, stage) -> bridge from that stage to the next
+        self._row_counts: Mapping[str, deque[list[int]]] | None = None
+        self._bridges: list[Bridge] = []
+        self._closed = False
+
+        refusal: Exception | None = None
+        try:
+            self._check_arguments()
+            if model is not None:
+                self.bind(model)
+        except Exception as error:
+            refusal = error
+        agree(None if refusal is not None else self._describe(), refusal)
+        try:
+            self._build_bridge_comms()
+            self._build_hops()
+        except BaseException:
+            self.close(abort=True)
+            raise
+        self._build_rank_module_info_map()
+
+    # -- construction ----------------------------------------------------------------------------------------------
+
+    def _check_arguments(self) -> None:
+        self._axes = dict(self.dim_mapping) if self.dim_mapping is not None else dict(DEFAULT_DIM_MAPPING)
+        check_dim_mapping(self._axes)
+        self._grids = check_modules(self.module_to_grid_map, self.topology, dist.get_world_size())
+        check_output_ndim(self.module_output_ndim, self._grids)
+        self._layouts = {name: Layout.from_grid(grid, name=name) for name, grid in self.module_to_grid_map.items()}
+        dtype = getattr(self.config, "pipeline_dtype", None) or getattr(self.config, "params_dtype", None)
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"config.pipeline_dtype: expected a torch.dtype, got {dtype!r}")
+        self._dtype = dtype
+
+    def _describe(self) -> dict[str, Any]:
+        return {
+            "grids": {
+                name: {"rank_offset": grid.rank_offset, "shape": grid.shape, "dim_names": grid.dim_names}
+                for name, grid in self._grids.items()
+            },
+            "topology": {name: sorted(destinations) for name, destinations in self.topology.items()},
+            "module_output_ndim": {name: self._output_ndim(name) for name in self._grids},
+            "dim_mapping": self._axes,
+            "pipeline_dtype": self._dtype,
+            "device": self.device.type,
+        }
+
+    def _output_ndim(self, module_name: str) -> int:
+        return int(self.module_output_ndim.get(module_name, 3))
+
+    def _make_bridge(self, source: Layout, destination: Layout, ndim: int, name: str) -> Bridge:
+        # 1F1B has at most one microbatch per stage under way; this bounds the forward-only schedule, too.
+        options: dict[str, Any] = {"max_in_flight": self.total_stages + 1}
+        if self.timeout is not None:
+            options["timeout"] = self.timeout
+        if ndim == 3:
+            options.update(batch_dim=self._axes["b"], seq_dim=self._axes["s"])
+        bridge = Bridge(source, destination, ndim=ndim, dtype=self._dtype, device=self.device, name=name, **options)
+        self._bridges.append(bridge)
+        return bridge
+
+    def _build_bridge_comms(self) -> None:
+        """Create one bridge per edge of the topology: on every rank, in one sorted order."""
+        for source in sorted(self.topology):
+            for destination in sorted(self.topology[source]):
+                ndim = self._output_ndim(source)
+                bridge = self._make_bridge(
+                    self._layouts[source], self._layouts[destination], ndim, f"{source} -> {destination}"
+                )
+                grids = self.module_to_grid_map[source], self.module_to_grid_map[destination]
+                self.bridge_comms.append(ModuleBridge(source, destination, *grids, ndim, bridge))
+
+    def _build_hops(self) -> None:
+        """Create the bridges between consecutive stages of the modules: on every rank, in one sorted order."""
+        for name in sorted(self._grids):
+            grid = self._grids[name]
+            for stage in range(grid.pp_size - 1):
+                # Lanes of one rank each: every rank exchanges all that it holds with its own coordinate.
+                ours, theirs = grid.stage_ranks(stage), grid.stage_ranks(stage + 1)
+                # 3-D, as P2PCommunicator's: stages may exchange 2-D and 3-D tensors in turn (see the adapters).
+                self._hops[name, stage] = self._make_bridge(
+                    Layout(ranks=ours, dp=len(ours), name=f"{name} stage {stage}"),
+                    Layout(ranks=theirs, dp=len(theirs), name=f"{name} stage {stage + 1}"),
+                    3,
+                    f"{name} stage {stage} -> stage {stage + 1}",
+                )
+
+    def _build_rank_module_info_map(self) -> None:
+        """Find out what this rank is in each of its modules, and what it sends and receives there."""
+        inputs: list[Input] = []
+        outputs: list[Output] = []
+        for name, raw_grid in self.module_to_grid_map.items():
+            if not self.is_current_rank_in_grid(raw_grid):
+                continue
+            grid = self._grids[name]
+            stage, last = grid.pp_rank(self.current_rank), grid.pp_size - 1
+            previous, following = self._hops.get((name, stage - 1)), self._hops.get((name, stage))
+            incoming = [edge for edge in self.bridge_comms if edge.dest_module_name == name and stage == 0]
+            outgoing = [edge for edge in self.bridge_comms if edge.src_module_name == name and stage == last]
+            self.rank_module_map[name] = RankModuleInfo(
+                pp_rank=stage,
+                pp_size=grid.pp_size,
+                p2p_communicator=StageCommunicator(
+                    grid, self.current_rank, self.config, previous, following, _pp_group_getter(raw_grid)
+                ),
+                bridge_comms_as_src_module=outgoing,
+                bridge_comms_as_dest_module=incoming,
+                is_source_stage=stage == 0 and self._is_source_module(name),
+                is_terminal_stage=stage == last and self._is_sink_module(name),
+            )
+            inputs += [Input(edge.src_module_name, edge.bridge, is_hop=False) for edge in incoming]
+            if previous is not None:
+                inputs.append(Input(name, previous, is_hop=True))
+            if outgoing:
+                ndim = self._output_ndim(name)
+                outputs.append(Output(name, [edge.bridge for edge in outgoing], is_hop=False, ndim=ndim))
+            if following is not None:
+                outputs.append(Output(name, [following], is_hop=True, ndim=None))
+        own = [edge.bridge for edge in self.bridge_comms if self._waits_for_itself(edge)]
+        self._io = StageIO(self.current_rank, self._dtype, self.device, inputs, outputs, own)
+
+    def _waits_for_itself(self, edge: ModuleBridge) -> bool:
+        """True if this rank sends samples over the edge that it also receives from it."""
+        sides = self._layouts[edge.src_module_name].lanes(-1), self._layouts[edge.dest_module_name].lanes(0)
+        lanes = [next((i for i, lane in enumerate(side) if self.current_rank in lane), None) for side in sides]
+        if lanes[0] is None or lanes[1] is None:
+            return False
+        # Lane i of k holds the samples from i / k to (i + 1) / k of the microbatch.
+        ours, theirs = len(sides[0]), len(sides[1])
+        return lanes[0] * theirs < (lanes[1] + 1) * ours and lanes[1] * ours < (lanes[0] + 1) * theirs
+
+    def bind(self, model: torch.nn.Module) -> MultiModulePipelineCommunicator:
+        """Take the rows of each sample from `model.row_counts[module]`, queues that the model fills once per forward.
+
+        `mimo_ext.megatron.model.MimoModel` has them; wrappers are looked through by their `.module`. Each 2-D output
+        that is sent takes one entry. Without a model, or where a queue is empty, the attribute
+        `_mimo_bridge_split_sizes` of the output tensor is used, and without that one the rows are split evenly
+        between the samples.
+
+        Returns:
+            self.
+
+        Raises:
+            TypeError: `model` has no `row_counts`.
+        """
+        inner: Any = model
+        while not hasattr(inner, "row_counts") and hasattr(inner, "module"):
+            inner = inner.module
+        if not hasattr(inner, "row_counts"):
+            raise TypeError(
+                f"expected a model with row_counts (mimo_ext.megatron.model.MimoModel), got {type(inner).__name__}"
+            )
+        self._row_counts = inner.row_counts
+        return self
+
+    # -- where this rank stands ------------------------------------------------------------------------------------
+
+    @property
+    def is_pp_first_stage(self) -> bool:
+        """True if this rank is in the first pipeline stage of a module that nothing feeds."""
+        return any(bool(info.is_source_stage) for info in self.rank_module_map.values())
+
+    @property
+    def is_pp_last_stage(self) -> bool:
+        """True if this rank is in the last pipeline stage of a module that feeds nothing."""
+        return any(bool(info.is_terminal_stage) for info in self.rank_module_map.values())
+
+    def is_module_pp_first_stage(self, module_name: str) -> bool:
+        """True if this rank is in the first pipeline stage of the module."""
+        info = self.rank_module_map.get(module_name)
+        return info is not None and info.pp_rank == 0
+
+    def _is_source_module(self, module_name: str) -> bool:
+        """True if no module feeds this one."""
+        return all(module_name not in destinations for destinations in self.topology.values())
+
+    def _is_sink_module(self, module_name: str) -> bool:
+        """True if this module feeds no other."""
+        return not self.topology.get(module_name)
+
+    def is_current_rank_in_grid(self, grid: Any) -> bool:
+        """True if this rank is one of the grid's."""
+        return bool(grid.rank_offset <= self.current_rank < grid.rank_offset + grid.size)
+
+    @property
+    def total_stages(self) -> int:
+        """Pipeline stages along the longest path through the modules."""
+        return self.compute_total_pipeline_stages(self.topology, self.module_to_grid_map)
+
+    @property
+    def current_stage(self) -> int:
+        """Stage of this rank in the whole pipeline, from 0; the last of them for a rank in several modules.
+
+        Raises:
+            ValueError: this rank is in no module.
+        """
+        return self.compute_total_pipeline_stages(self.topology, self.module_to_grid_map, rank=self.current_rank) - 1
+
+    @staticmethod
+    def compute_total_pipeline_stages(
+        topology: dict[str, list[str]],
+        module_to_grid_map: dict[str, Any],
+        rank: int | None = None,
+        module_name: str | None = None,
+    ) -> int:
+        """Number of pipeline stages along the longest path of the module graph, in time linear in the graph.
+
+        Each module weighs its pipeline-parallel size. With images and audio both feeding llm, which feeds a
+        generator, that is `max(pp(images), pp(audio)) + pp(llm) + pp(generator)`.
+
+        Args:
+            topology: downstream modules of each module; a module without an entry feeds none.
+            module_to_grid_map: grid of each module.
+            rank: count only up to and including the stage that this rank holds in its module, which then weighs
+                `pp_rank + 1`. For a rank in several modules the largest count is returned.
+            module_name: with `rank`, the one module of that rank to count to.
+
+        Raises:
+            ValueError: a cycle (named), no module that feeds none, an unknown module, or a rank that is not in the
+                module (in any module, if no `module_name` is given).
+        """
+        return count_stages(topology, module_to_grid_map, rank, module_name)
+
+    # -- the six operations of the schedule ------------------------------------------------------------------------
+
+    def recv_forward(self, tensor_shape: Shape | None = None, is_first_stage: bool = False) -> dict[str, torch.Tensor]:
+        """Receive this stage's inputs.
+
+        Args:
+            tensor_shape: shape of what comes from the previous stage of the same module, where it is fixed (it is then
+                checked); the schedule's `[()]` and None leave it open. Between modules shapes always travel.
+            is_first_stage: not used (Megatron's schedule passes it).
+
+        Returns:
+            Leaves that require grad: one per upstream module, keyed by its name, on a module's first stage; else one
+                keyed
+            by the module itself. Empty where nothing feeds this stage.
+        """
+        with self._operation("recv_forward"):
+            return self._io.recv_forward(tensor_shape)
+
+    def send_forward(self, output_dict: dict[str, torch.Tensor], is_last_stage: bool = False) -> None:
+        """Send this stage's outputs, without waiting for the receivers.
+
+        Args:
+            output_dict: one tensor per module of this rank that feeds another stage, keyed by module name; between
+                modules of `module_output_ndim` dimensions. Not looked at where this stage feeds none (a loss is
+                fine).
+            is_last_stage: not used.
+
+        Raises:
+            ValueError, TypeError: a missing key, a wrong shape, dtype or device; nothing has been sent then.
+        """
+        with self._operation("send_forward"):
+            self._io.send_forward(output_dict, self._row_counts)
+
+    def send_forward_recv_backward(
+        self, output_dict: dict[str, torch.Tensor], tensor_shape: Shape | None = None, is_last_stage: bool = False
+    ) -> dict[str, torch.Tensor | None]:
+        """`send_forward(output_dict)`, then `recv_backward(tensor_shape)`."""
+        with self._operation("send_forward_recv_backward"):
+            self._io.send_forward(output_dict, self._row_counts)
+            return self._io.recv_backward(tensor_shape)
+
+    def send_backward_recv_forward(
+        self, grad_dict: dict[str, torch.Tensor | None], tensor_shape: Shape | None = None, is_first_stage: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """`send_backward(grad_dict)`, then `recv_forward(tensor_shape)`."""
+        with self._operation("send_backward_recv_forward"):
+            self._io.send_backward(grad_dict)
+            return self._io.recv_forward(tensor_shape)
+
+    def recv_backward(
+        self, tensor_shape: Shape | None = None, is_last_stage: bool = False
+    ) -> dict[str, torch.Tensor | None]:
+        """Receive the gradients of this stage's outputs, in the order in which these were sent.
+
+        Returns:
+            One gradient per module of this rank that feeds another stage: summed over all that it feeds. Where none
+                of them
+            has one, it is zeros if the output requires grad (its backward must run), else None. Empty on the last
+            stage.
+        """
+        with self._operation("recv_backward"):
+            return self._io.recv_backward(tensor_shape)
+
+    def send_backward(self, grad_dict: dict[str, torch.Tensor | None], is_first_stage: bool = False) -> None:
+        """Send the gradients of this stage's inputs, keyed as `recv_forward` returned them; None says that there is
+        none.
+
+        Raises:
+            ValueError, TypeError: a missing key or something that is no tensor; nothing has been sent then.
+        """
+        with self._operation("send_backward"):
+            self._io.send_backward(grad_dict)
+
+    def _operation(self, name: str) -> record_function:
+        if self._closed:
+            raise RuntimeError(f"rank {self.current_rank}: {name} on a closed MultiModulePipelineCommunicator")
+        return record_function(f"mimo_ext::pipeline.{name}")
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def close(self, abort: bool = False) -> None:
+        """Wait for what is in flight (`abort`: do not), end the bridges' threads and free their process groups.
+
+        Later operations raise RuntimeError. May be called twice. All bridges are closed, also where one of them
+        raises; the first error is raised then.
+        """
+        self._closed = True
+        errors: list[Exception] = []
+        while self._bridges:
+            try:
+                self._bridges.pop().close(abort)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def __enter__(self) -> MultiModulePipelineCommunicator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            # Peers of a rank that failed may never come: they are not waited for.
+            self.close(abort=error is not None)
+        except Exception:
+            if error is None:
+                raise
+            # What went wrong first is what the user must see.
+            logger.warning("rank %d: closing the communicator after an error", self.current_rank, exc_info=True)
+
+
+def _default_device() -> torch.device:
+    if "nccl" in dist.get_backend() and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _pp_group_getter(grid: Any) -> Any:
+    return lambda: grid.get_pg(["pp"])

@@ -1,0 +1,236 @@
+"""What one rank sends and receives in a multi-module pipeline, by dictionaries keyed by module name.
+
+Every combined operation is made of these four; a caller sends before it receives. All arguments of a send are checked
+before the first byte leaves.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mimo_ext.megatron.adapters import _prepare_tensor_for_comm, _restore_tensor_from_comm
+from mimo_ext.megatron.hop import is_single_shape
+
+if TYPE_CHECKING:
+    from mimo_ext import Bridge
+
+SPLIT_SIZES_ATTRIBUTE = "_mimo_bridge_split_sizes"  # rows per sample, which Megatron's MimoModel hangs on an output
+
+
+@dataclass
+class Input:
+    """Where one entry of the input dictionary comes from, and its gradient goes to."""
+
+    key: str
+    bridge: Bridge
+    is_hop: bool  # from the previous stage of the same module
+
+
+@dataclass
+class Sent:
+    """What must be known of an output when its gradient comes: the schedule may have freed it by then."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+
+@dataclass
+class Output:
+    """Where one module's output goes to, and its gradient comes from."""
+
+    module: str
+    bridges: list[Bridge]
+    is_hop: bool  # to the next stage of the same module
+    ndim: int | None  # None: 2 or 3, as the stages please
+    in_flight: deque[Sent] = field(default_factory=deque)
+
+
+class StageIO:
+    """The four transfers of one rank.
+
+    Args:
+        rank: this rank, for messages.
+        dtype, device: what outputs must be.
+        inputs, outputs: the links of this rank.
+        own_bridges: those of the bridges from this rank to itself that cannot deliver before this rank has sent.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        inputs: Sequence[Input],
+        outputs: Sequence[Output],
+        own_bridges: Sequence[Bridge] = (),
+    ) -> None:
+        self._rank = rank
+        self._dtype = dtype
+        self._device = device
+        self._inputs = list(inputs)
+        self._outputs = list(outputs)
+        self._input_keys = sorted(source.key for source in inputs)
+        self._output_keys = sorted(output.module for output in outputs)
+        # Bridge -> how many sends this rank is ahead of its own receives: [forward, backward].
+        self._ahead = {id(bridge): [0, 0] for bridge in own_bridges}
+
+    def recv_forward(self, tensor_shape: Any) -> dict[str, torch.Tensor]:
+        """All inputs of this stage: leaves that require grad, by key."""
+        for source in self._inputs:
+            self._count_receive(source.bridge, 0, source.key)
+        # All are posted before the first is waited for: several encoders arrive side by side.
+        pending = [(source, source.bridge.irecv_forward()) for source in self._inputs]
+        tensors: dict[str, torch.Tensor] = {}
+        for source, handle in pending:
+            tensor = handle.wait()
+            if source.is_hop:
+                restored = _restore_tensor_from_comm(tensor)
+                if restored is not tensor:  # handed out as a leaf, so that its gradient is stored once
+                    restored = restored.detach().requires_grad_(tensor.requires_grad)
+                tensor = restored
+                self._check_shape(tensor, tensor_shape, source.key)
+            tensors[source.key] = tensor
+        return tensors
+
+    def send_forward(self, output_dict: Any, queues: Mapping[str, deque[list[int]]] | None) -> None:
+        """Send all outputs of this stage; `queues` hold rows per sample by module, one entry per 2-D output."""
+        tensors = [self._entry(output_dict, out.module, "output_dict", self._output_keys) for out in self._outputs]
+        for output, tensor in zip(self._outputs, tensors, strict=True):
+            self._check_output(tensor, output)
+        row_counts = [self._take_row_counts(t, out, queues) for out, t in zip(self._outputs, tensors, strict=True)]
+        for output, tensor, counts in zip(self._outputs, tensors, row_counts, strict=True):
+            if torch.is_grad_enabled():
+                output.in_flight.append(Sent(tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad))
+            if output.is_hop:
+                output.bridges[0].send_forward(_prepare_tensor_for_comm(tensor))
+                continue
+            for bridge in output.bridges:
+                bridge.send_forward(tensor, row_counts=counts)
+                self._count_send(bridge, 0)
+
+    def recv_backward(self, tensor_shape: Any) -> dict[str, torch.Tensor | None]:
+        """The gradients of all outputs of this stage, each summed over the modules that it went to."""
+        for output in self._outputs:
+            for bridge in output.bridges:
+                self._count_receive(bridge, 1, output.module)
+        pending = [(output, [bridge.irecv_backward() for bridge in output.bridges]) for output in self._outputs]
+        grads: dict[str, torch.Tensor | None] = {}
+        for output, handles in pending:
+            total: torch.Tensor | None = None
+            for handle in handles:
+                grad = handle.wait()
+                if grad is not None:
+                    total = grad if total is None else total + grad
+            if output.is_hop and total is not None:
+                total = _restore_tensor_from_comm(total)
+                self._check_shape(total, tensor_shape, output.module)
+            sent = output.in_flight.popleft() if output.in_flight else None
+            if total is None and sent is not None and sent.requires_grad:
+                # The schedule runs this output's backward in any case, and needs a gradient for it.
+                total = torch.zeros(sent.shape, dtype=sent.dtype, device=sent.device)
+            grads[output.module] = total
+        return grads
+
+    def send_backward(self, grad_dict: Any) -> None:
+        """Send the gradients of all inputs of this stage; None says that there is none."""
+        grads = [self._entry(grad_dict, source.key, "grad_dict", self._input_keys) for source in self._inputs]
+        for source, grad in zip(self._inputs, grads, strict=True):
+            if grad is not None and not isinstance(grad, torch.Tensor):
+                raise TypeError(f"{self._where(source.key)}: expected a gradient or None, got {type(grad).__name__}")
+        for source, grad in zip(self._inputs, grads, strict=True):
+            source.bridge.send_backward(_prepare_tensor_for_comm(grad) if source.is_hop else grad)
+            self._count_send(source.bridge, 1)
+
+    def _where(self, module: str) -> str:
+        return f"rank {self._rank}, module {module}"
+
+    def _count_send(self, bridge: Bridge, direction: int) -> None:
+        if id(bridge) in self._ahead:
+            self._ahead[id(bridge)][direction] += 1
+
+    def _count_receive(self, bridge: Bridge, direction: int, key: str) -> None:
+        if id(bridge) not in self._ahead:
+            return
+        if self._ahead[id(bridge)][direction] == 0:
+            raise RuntimeError(
+                f"{self._where(key)}: expected a send over this bridge before a receive from it, got the "
+                "receive first: the rank is on both sides and would wait for itself. Modules on the same ranks "
+                "exchange tensors inside the model (mimo_ext.bridge), not through the pipeline schedule"
+            )
+        self._ahead[id(bridge)][direction] -= 1
+
+    def _entry(self, tensors: Any, key: str, what: str, expected: list[str]) -> Any:
+        if not isinstance(tensors, dict):
+            raise TypeError(
+                f"{self._where(key)}: expected {what} as a dict with keys {expected}, got {type(tensors).__name__}"
+            )
+        if key not in tensors:
+            raise ValueError(
+                f"{self._where(key)}: expected {what} with keys {expected}, got {sorted(map(str, tensors))}"
+            )
+        value = tensors[key]
+        if isinstance(value, list):  # the schedule's form for model chunks
+            if len(value) != 1:
+                raise ValueError(f"{self._where(key)}: expected one tensor per module, got a list of {len(value)}")
+            value = value[0]
+        return value
+
+    def _check_output(self, tensor: Any, output: Output) -> None:
+        where = self._where(output.module)
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{where}: expected an output tensor, got {type(tensor).__name__}")
+        if output.ndim is not None and tensor.ndim != output.ndim:
+            raise ValueError(
+                f"{where}: expected an output of {output.ndim} dimensions (module_output_ndim), got shape "
+                f"{tuple(tensor.shape)}"
+            )
+        if output.is_hop:
+            try:
+                _prepare_tensor_for_comm(tensor)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+        if tensor.dtype != self._dtype:
+            raise TypeError(f"{where}: expected an output of {self._dtype} (config.pipeline_dtype), got {tensor.dtype}")
+        if tensor.device.type != self._device.type:
+            raise ValueError(f"{where}: expected an output on {self._device}, got one on {tensor.device}")
+
+    def _take_row_counts(
+        self, tensor: torch.Tensor, output: Output, queues: Mapping[str, deque[list[int]]] | None
+    ) -> list[int] | None:
+        if tensor.ndim != 2:
+            return None
+        marked = getattr(tensor, SPLIT_SIZES_ATTRIBUTE, None)
+        counts = None if marked is None else [int(rows) for rows in marked]
+        queue = None if queues is None else queues.get(output.module)
+        if queue:
+            queued = [int(rows) for rows in queue.popleft()]
+            if counts is not None and counts != queued:
+                raise RuntimeError(
+                    f"{self._where(output.module)}: expected rows per sample {queued} (model.row_counts), got an "
+                    f"output marked {counts}: a forward was run whose output was not sent, or an output was sent twice"
+                )
+            counts = queued
+        if output.is_hop:
+            return None
+        if counts is not None and sum(counts) != tensor.shape[0]:
+            raise ValueError(
+                f"{self._where(output.module)}: expected {sum(counts)} rows (rows per sample {counts}), got an output "
+                f"of shape {tuple(tensor.shape)}"
+            )
+        return counts
+
+    def _check_shape(self, tensor: torch.Tensor, shape: Any, module: str) -> None:
+        if isinstance(shape, list) and len(shape) == 1 and not is_single_shape(shape):
+            shape = shape[0]
+        if is_single_shape(shape) and tuple(shape) != tuple(tensor.shape):
+            raise RuntimeError(
+                f"{self._where(module)}: expected shape {tuple(shape)} from the neighbouring stage, got "
+                f"{tuple(tensor.shape)}"
+            )
