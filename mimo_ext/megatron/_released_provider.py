@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
+
 from mimo_ext.megatron import provider
 from mimo_ext.megatron._provider_base import Hook
 from mimo_ext.megatron.config import MimoParallelismConfig

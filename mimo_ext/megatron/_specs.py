@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
+
 from mimo_ext.megatron.config import ModuleParallelismConfig
 
 logger = logging.getLogger(__name__)

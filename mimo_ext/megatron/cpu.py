@@ -129,7 +129,6 @@ def manual_seed(seed: int, pg_collection: Any = None) -> None:
 def _patch_all(stack: contextlib.ExitStack) -> None:
     # torch.compile's tables list torch's own functions: they must be complete before one is replaced.
     import torch._dynamo
-
     from megatron.core import hyper_comm_grid, parallel_state
     from megatron.core.tensor_parallel import random as megatron_random
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
 from megatron.core.models.mimo import MimoModel as _CoreMimoModel
 from megatron.core.models.mimo.config import MimoModelConfig
+
 from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout, RankRole
 
 

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads as _finalize_model_grads
 from megatron.core.models.mimo import MimoModel
 from megatron.core.utils import get_model_config
+
 from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY
 
 logger = logging.getLogger(__name__)

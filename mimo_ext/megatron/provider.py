@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo.config import MimoModelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.utils import get_model_config
+
 from mimo_ext.megatron._precision import cast, resolve_dtype, set_precision
 from mimo_ext.megatron._provider_base import Hook, ProviderBase, compose_hooks, run_hook
 from mimo_ext.megatron._specs import (

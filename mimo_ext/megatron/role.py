@@ -14,7 +14,6 @@ from enum import Enum
 from typing import Any
 
 import torch.distributed as dist
-
 from megatron.core.models.mimo.config.role import ModuleLayout as _ReleasedLayout
 
 logger = logging.getLogger(__name__)

@@ -80,7 +80,7 @@ def carried_step(model: Any, name: str, lane: int, lanes: dict[str, int], m: int
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, None)
     start, end = share(lane, lanes[name])
-    received = dict((sample, rows) for entry in everyone if entry for sample, rows in enumerate(entry[1], entry[0]))
+    received = {sample: rows for entry in everyone if entry for sample, rows in enumerate(entry[1], entry[0])}
     rows = [received[sample] for sample in range(start, end)]
     leaf = torch.cat(rows).requires_grad_()
     model.set_input_tensor([{"images": leaf}])
