@@ -1,8 +1,8 @@
 """The ops of the extension. For each: the documented function, its fake (shapes without data) and its gradient.
 
-A *box* is a rectangular range of an n-D tensor, given by ``start[n]`` and ``size[n]``. Functions take k boxes as two flat
-lists of ``k * n`` integers, ``starts`` and ``sizes``. A *buffer* is a 1-D tensor with the elements of the boxes, one box
-after another, each in row-major order: what travels between ranks.
+A *box* is a rectangular range of an n-D tensor, given by ``start[n]`` and ``size[n]``. Functions take k boxes as two
+flat lists of ``k * n`` integers, ``starts`` and ``sizes``. A *buffer* is a 1-D tensor with the elements of the boxes,
+one box after another, each in row-major order: what travels between ranks.
 
 All ops run on CPU tensors of any strides; on a device without a kernel they raise NotImplementedError.
 """
@@ -153,8 +153,8 @@ def unpack_(
         accumulate: add instead of writing, as :func:`unpack` does.
 
     Raises:
-        ValueError: a box leaves ``out``; the lists do not hold n numbers for each box; the buffer is not 1-D, of another
-            length or on another device; elements of ``out`` share memory.
+        ValueError: a box leaves ``out``; the lists do not hold n numbers for each box; the buffer is not 1-D, of
+            another length or on another device; elements of ``out`` share memory.
         TypeError: the dtypes differ, or ``accumulate`` with a dtype that has no sums (bool, float8_e8m0fnu).
         RuntimeError: ``out`` or ``buffer`` requires grad while grad mode is on, or they share memory.
     """
@@ -181,8 +181,8 @@ def rescale_(
 ) -> tuple[Tensor, Tensor]:
     """Multiplies every buffer in place by one factor, in one pass. Not differentiable.
 
-    float16 and bfloat16 are multiplied in float32 and rounded once. The host never waits for a device: the factor is read,
-    and both results are written, where the buffers are.
+    float16 and bfloat16 are multiplied in float32 and rounded once. The host never waits for a device: the factor is
+    read, and both results are written, where the buffers are.
 
     Args:
         buffers: float32, float64, bfloat16 or float16 tensors (they may differ) of any sizes and any strides, none
@@ -192,8 +192,8 @@ def rescale_(
         with_found_inf: look for infinities and NaNs.
 
     Returns:
-        ``(sumsq, found_inf)``, 0-d tensors on the device of the factor, zero where not asked for. ``sumsq`` (float64) is
-        the sum of squares of the scaled values and the same bits for the same input, whatever the number of threads.
+        ``(sumsq, found_inf)``, 0-d tensors on the device of the factor, zero where not asked for. ``sumsq`` (float64)
+        is the sum of squares of the scaled values and the same bits for the same input, whatever the number of threads.
         ``found_inf`` (float32) is 1.0 if any scaled value is infinite or NaN, else 0.0.
 
     Raises:

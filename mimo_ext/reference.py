@@ -1,4 +1,4 @@
-"""What the ops compute, written with indexing and plain arithmetic: slow, obvious, and the truth that tests compare with.
+"""What the ops compute, with indexing and plain arithmetic: slow, obvious, and the truth that tests compare with.
 
 The arguments are those of :mod:`mimo_ext.ops`; nothing here needs the compiled extension.
 """
