@@ -51,7 +51,7 @@ def reference_rank(rank: int, world_size: int, language_dp: int) -> dict[str, An
                     loss = loss + losses[start:end].sum() / data["loss_mask"][start:end].sum()
                 (loss / language_dp / MICROBATCHES).backward()
             gradients[per_token] = {n: p.grad.clone() for n, p in model.named_parameters()}
-        return {"weights": {n: p.detach().clone() for n, p in model.named_parameters()}, "gradients": gradients}
+        return tiny_mimo.arrays({"weights": dict(model.named_parameters()), "gradients": gradients})
 
 
 def carried_step(model: Any, name: str, lane: int, lanes: dict[str, int], m: int, per_token: bool) -> torch.Tensor:
@@ -92,8 +92,8 @@ def carried_step(model: Any, name: str, lane: int, lanes: dict[str, int], m: int
 
 
 def distributed_rank(
-    rank: int, world_size: int, lanes: dict[str, int], flags: list[tuple[bool, bool]], weights: dict[str, torch.Tensor]
-) -> list[dict[str, torch.Tensor]]:
+    rank: int, world_size: int, lanes: dict[str, int], flags: list[tuple[bool, bool]], weights: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Gradients of this rank's module for each ``(language per token, encoder per token)``."""
     from megatron.core.distributed import DistributedDataParallelConfig
 
@@ -116,7 +116,7 @@ def distributed_rank(
             names = {n.replace(".module.", ".", 1): p for n, p in model.named_parameters()}
             with torch.no_grad():
                 for parameter_name, parameter in names.items():
-                    parameter.copy_(weights[parameter_name])
+                    parameter.copy_(torch.from_numpy(weights[parameter_name]))
 
             utils.zero_grad_buffer_for_multimodule(pairs)
             tokens = torch.zeros((), dtype=torch.int)
@@ -135,7 +135,7 @@ def distributed_rank(
             if language_per_token:
                 expected = sum(int(microbatch(m)["loss_mask"].sum()) for m in range(MICROBATCHES))
                 assert int(tokens) == expected, (rank, int(tokens), expected)
-            results.append({n: p.main_grad.clone() for n, p in names.items()})
+            results.append(tiny_mimo.arrays({n: p.main_grad for n, p in names.items()}))
     return results
 
 
@@ -154,13 +154,13 @@ def test_gradients_equal_one_process(encoder_dp: int, language_dp: int) -> None:
             for name, gradient in results[case].items():
                 seen.add(name)
                 torch.testing.assert_close(
-                    gradient,
-                    expected[name],
+                    torch.from_numpy(gradient),
+                    torch.from_numpy(expected[name]),
                     rtol=1e-4,
                     atol=1e-6,
                     msg=lambda text, where=(rank, name, language_per_token, encoder_per_token): f"{where}: {text}",
                 )
         assert seen == set(expected)
-        largest = max(float(g.abs().max()) for n, g in expected.items() if n.startswith("modality"))
+        largest = max(float(abs(g).max()) for n, g in expected.items() if n.startswith("modality"))
         assert math.isfinite(largest)
         assert largest > 1e-3  # the comparison has something to compare

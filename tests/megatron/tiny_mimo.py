@@ -181,3 +181,12 @@ def forward(model: Any, data: dict[str, torch.Tensor], *, with_images: bool = Tr
         labels=data["labels"],
         modality_inputs=inputs,
     )[0]
+
+
+def arrays(tree: Any) -> Any:
+    """Nested dicts and lists with tensors as numpy arrays, which outlive the process that sends them."""
+    if isinstance(tree, dict):
+        return {key: arrays(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [arrays(value) for value in tree]
+    return tree.detach().clone().numpy() if isinstance(tree, torch.Tensor) else tree
