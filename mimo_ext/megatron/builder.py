@@ -92,23 +92,21 @@ def populate_embedding_and_position_groups(
 
     Returns:
         ``(pos_embd_pg, embd_pg)`` of the current rank, None for a group that it is not in.
+
+    Raises:
+        RuntimeError: with a process group whose ranks have not made equally many groups before; torch would give the
+            new group another name on each of them, and they would wait for each other.
     """
     if pp_group is None or pp_group is dist.GroupMember.NON_GROUP_MEMBER:
         return None, None
     pipelines = _rank_lists(pp_group)
-    options: dict[str, Any] = {}
     if pipelines is None:
-        pipelines = [dist.get_process_group_ranks(pp_group)]
-        # Other pipelines pass other ranks here at the same time, so only the members may take part.
-        options = {"use_local_synchronization": True}
-
+        return _groups_of_one_pipeline(pp_group)
     pos_embd_pg, embd_pg = None, None
     for ranks in pipelines:
-        stages = sorted(ranks)
-        position_ranks = [stages[0]]
-        embedding_ranks = [stages[0]] if len(stages) == 1 else [stages[0], stages[-1]]
-        position_group = dist.new_group(ranks=position_ranks, **options)
-        embedding_group = dist.new_group(ranks=embedding_ranks, **options)
+        position_ranks, embedding_ranks = _embedding_ranks(ranks)
+        position_group = dist.new_group(ranks=position_ranks)
+        embedding_group = dist.new_group(ranks=embedding_ranks)
         rank = dist.get_rank()
         if rank in position_ranks:
             pos_embd_pg = position_group
@@ -125,6 +123,40 @@ def _rank_lists(pp_group: Any) -> list[list[int]] | None:
         return list(pp_group)
     except TypeError:
         return None
+
+
+def _embedding_ranks(pipeline: list[int]) -> tuple[list[int], list[int]]:
+    """Ranks of the position group and of the word-embedding group of one pipeline."""
+    first, last = min(pipeline), max(pipeline)
+    return [first], [first] if first == last else [first, last]
+
+
+def _groups_of_one_pipeline(pp_group: Any) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """Both groups, made by the ranks of one pipeline alone: other pipelines do the same at this moment."""
+    if isinstance(pp_group, dist.ProcessGroup):
+        _check_equal_group_counts(pp_group)
+    rank = dist.get_rank()
+    position_ranks, embedding_ranks = _embedding_ranks(dist.get_process_group_ranks(pp_group))
+    # A stage that is not in a group makes one of its own in its place, so that the counts stay equal.
+    groups = []
+    for ranks in (embedding_ranks, position_ranks):
+        mine = ranks if rank in ranks else [rank]
+        group = dist.new_group(ranks=mine, use_local_synchronization=True)
+        groups.append(group if rank in ranks else None)
+    return groups[1], groups[0]
+
+
+def _check_equal_group_counts(pp_group: dist.ProcessGroup) -> None:
+    """torch names a group that is made without the world after its ranks and the number of groups made before."""
+    counts: list[Any] = [None] * pp_group.size()
+    dist.all_gather_object(counts, len(dist.distributed_c10d._world.pg_names), group=pp_group)
+    if len(set(counts)) > 1:
+        ranks = dist.get_process_group_ranks(pp_group)
+        raise RuntimeError(
+            f"rank {dist.get_rank()}: embedding groups cannot be made from the process group of ranks {ranks} alone: "
+            f"expected equally many process groups on each of them, got {counts}. Pass the rank lists of all "
+            'pipelines, grid.get_rank_enum(["pp"]), on every rank of the world instead.'
+        )
 
 
 def is_pp_first_stage(pp_group: dist.ProcessGroup | None) -> bool:
