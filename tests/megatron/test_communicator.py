@@ -180,6 +180,25 @@ def test_gradients_of_a_module_that_feeds_two_are_summed_and_keyed_by_it(worlds:
     torch.testing.assert_close(second, {"images": torch.full((3, 4), 7.0, dtype=torch.float64)})
 
 
+def test_a_gradient_leaves_before_the_next_activation_is_waited_for(worlds: Any) -> None:
+    """A source that sends the next activation only once it has its gradient."""
+    case = Case("", {"images": grid(0, dp=1), "language": grid(1, dp=1)}, SIMPLE.topology, {"images": [[1]]})
+
+    def body(rank: int) -> None:
+        communicator = make(case)
+        if rank == 0:
+            for i in range(3):
+                grad = communicator.send_forward_recv_backward({"images": torch.full((2, 2), float(i)).double()})
+                assert torch.equal(grad["images"], torch.full((2, 2), 10.0 * i).double())
+            return
+        x = communicator.recv_forward([()])["images"]
+        for _ in range(2):
+            x = communicator.send_backward_recv_forward({"images": x.detach() * 10}, [()])["images"]
+        communicator.send_backward({"images": x.detach() * 10})
+
+    worlds(2).run(body)
+
+
 @pytest.mark.parametrize("requires_grad", [True, False])
 def test_no_gradient_is_zeros_where_the_schedule_needs_one_and_none_where_not(worlds: Any, requires_grad: bool) -> None:
     def body(rank: int) -> Any:

@@ -223,6 +223,7 @@ def two(language: Any = None, **changes: Any) -> dict[str, Any]:
             TypeError,
             r"module language: expected a grid, got SimpleNamespace without shape, dim_names",
         ),
+        (two(grid(2, dp=1, usp=2)), ValueError, r"module 'language': unknown dim 'usp' of size 2"),
         (two(odd(size=3)), ValueError, r"module language: expected a size of 2.*got 3"),
         (two(odd(rank_offset=-1)), ValueError, r"module language: expected a rank_offset of 0 or more, got -1"),
         (

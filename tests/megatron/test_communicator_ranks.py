@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pipeline_model as pm
@@ -54,6 +55,91 @@ def test_1f1b_on_real_ranks_gives_the_gradients_of_one_process() -> None:
     assert not failures, "\n".join(failures)
 
 
+class ScheduledModel(torch.nn.Module):
+    """A rank's stages in the form that Megatron's schedule drives."""
+
+    def __init__(self, case: Case, rank: int, config: Any) -> None:
+        super().__init__()
+        self.case, self.rank, self.config = case, rank, config
+        ((name, grid_),) = [item for item in case.grids.items() if rank in item[1]]
+        self.name = name
+        self.stage = pm.Stage(case, name, grid_.coordinate(rank, "pp"))
+        self.weight = self.stage.weight
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.microbatch = 0
+
+    def set_input_tensor(self, tensors: list[dict[str, torch.Tensor]]) -> None:
+        (self.inputs,) = tensors
+
+    def forward(self) -> tuple[Any, range]:
+        microbatch, self.microbatch = self.microbatch, self.microbatch + 1
+        samples = self.case.samples(self.name, self.rank, microbatch)
+        output = self.stage(self.inputs, microbatch, samples)
+        if self.name == "language" and self.stage.is_last:
+            return self.stage.loss(output, microbatch, samples), samples
+        if self.stage.is_encoder:
+            output._mimo_bridge_split_sizes = [self.case.rows[self.name][microbatch][s] for s in samples]
+        return {self.name: output}, samples
+
+
+def megatrons_own_schedule(rank: int, world_size: int) -> list[str]:
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
+    from megatron.core.process_groups_config import MultiModuleProcessGroupCollection
+
+    import mimo_ext.megatron
+
+    failures = []
+    for case in (CASES[2], MORE_CASES[0]):
+        config = ModelParallelConfig(
+            pipeline_dtype=pm.DTYPE, params_dtype=pm.DTYPE, variable_seq_lengths=True, deallocate_pipeline_outputs=True
+        )
+        from mimo_ext.megatron.communicator import MultiModulePipelineCommunicator
+
+        with (
+            mimo_ext.megatron.cpu(),
+            MultiModulePipelineCommunicator(
+                case.grids, case.topology, config, module_output_ndim=case.output_ndim
+            ) as communicator,
+        ):
+            if rank >= case.world_size:
+                continue
+            model = ScheduledModel(case, rank, config)
+            groups = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1))
+            language = "language" if model.name == "language" else None
+
+            def step(data: Any, model: Any, case: Case = case) -> Any:
+                output, _ = model()
+                # The schedule divides the loss by the number of microbatches.
+                return output, lambda loss: (loss * case.num_microbatches, loss.item())
+
+            for forward_only in (True, False):
+                model.microbatch = 0
+                with torch.set_grad_enabled(not forward_only):
+                    losses = forward_backward_pipelining_without_interleaving(
+                        forward_step_func=step,
+                        data_iterator=None,
+                        model=model,
+                        num_microbatches=case.num_microbatches,
+                        seq_length=1,
+                        micro_batch_size=1,
+                        forward_only=forward_only,
+                        p2p_communicator=communicator,
+                        pg_collection=MultiModuleProcessGroupCollection({model.name: groups}, language),
+                    )
+                try:
+                    result = {"losses": losses, "grads": {model.name: model.weight.grad}}
+                    pm.check_rank(case, rank, result, forward_only)
+                except AssertionError as error:
+                    failures.append(f"{case.name}: {error}")
+    return failures
+
+
+def test_megatrons_own_schedule_runs_on_it() -> None:
+    failures = [failure for rank in launch(megatrons_own_schedule, WORLD_SIZE, timeout=180) for failure in rank]
+    assert not failures, "\n".join(failures)
+
+
 def late_receiver(rank: int, world_size: int) -> float:
     """How long the sends of three microbatches took on a source whose destination comes a second later."""
     case = Case("", {"images": grid(0, dp=1), "language": grid(1, pp=2)}, {"images": ["language"], "language": []}, {})
@@ -79,6 +165,31 @@ def late_receiver(rank: int, world_size: int) -> float:
 
 def test_sends_do_not_wait_for_the_receiver() -> None:
     assert launch(late_receiver, 3, timeout=60)[0] < 0.5
+
+
+def views(rank: int, world_size: int) -> None:
+    """Activations and gradients as autograd makes them: transposed, strided, expanded."""
+    grids = {"images": grid(0, pp=2), "language": grid(2, tp=2)}
+    case = Case("", grids, {"images": ["language"], "language": []}, {})
+    base = torch.arange(5 * 4 * 6, dtype=pm.DTYPE)
+    outputs = [
+        (base.reshape(6, 4, 5).permute(2, 1, 0), torch.tensor(2.0, dtype=pm.DTYPE).expand(5, 4, 6)),
+        (base.reshape(5, 4, 6)[:, ::2], base.reshape(4, 6, 5).permute(2, 0, 1)[:, ::2]),
+    ]
+    with make(case, timeout=timedelta(seconds=20)) as communicator:
+        for output, gradient in outputs:
+            inputs = communicator.recv_forward([()])
+            assert list(inputs) == ([] if rank == 0 else ["images"])
+            assert all(torch.equal(x, output) for x in inputs.values())
+            if rank < 2:
+                grads = communicator.send_forward_recv_backward({"images": output}, [()])
+                assert torch.equal(grads["images"], gradient)
+            if rank > 0:
+                communicator.send_backward({"images": gradient})
+
+
+def test_tensors_of_any_strides_travel() -> None:
+    launch(views, 4, timeout=60)
 
 
 def different_models(rank: int, world_size: int) -> str:
