@@ -200,10 +200,15 @@ def finalize_model_grads_multimodule(
 
 def _one_over(num_tokens: Any) -> float | torch.Tensor | None:
     """1 / N: on the CPU a number, None for N == 0; on a device a 0-d tensor, 0 for N == 0, that nobody waits for."""
-    if num_tokens.device.type == "cpu":
+    if _on_host(num_tokens):
         total = num_tokens.item()
         return 1.0 / total if total > 0 else None
     return (num_tokens > 0) / num_tokens.clamp(min=1)
+
+
+def _on_host(tensor: Any) -> bool:
+    """Whether reading the tensor's value waits for no device."""
+    return tensor.device.type == "cpu"
 
 
 def _inverse_of_applied(name: str, module: Any, grid: Any) -> float:
