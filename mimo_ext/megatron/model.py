@@ -212,16 +212,16 @@ class MimoModel(_CoreMimoModel):
 
 
 def _check_colocated(grids: dict[str, Any]) -> None:
-    """Refuse by name what modules on shared ranks cannot do."""
+    """Refuse by name what modules on the language model's ranks cannot do."""
     language = grids[MIMO_LANGUAGE_MODULE_KEY]
+    first, end = language.rank_offset, language.rank_offset + language.size
     expected = _sizes(language)
     for name, grid in grids.items():
-        where, where_language = ((g.rank_offset, g.rank_offset + g.size) for g in (grid, language))
-        if where != where_language:
+        if (grid.rank_offset, grid.size) != (language.rank_offset, language.size):
             raise ValueError(
-                f"Rank {_rank()}: module '{name}' has ranks [{where[0]}, {where[1]}), the language module has "
-                f"[{where_language[0]}, {where_language[1]}). MimoModel runs modules on disjoint or on identical "
-                "ranks; ranges that overlap in part are not supported."
+                f"Rank {_rank()}: module '{name}' has ranks [{grid.rank_offset}, {grid.rank_offset + grid.size}), the "
+                f"language module has [{first}, {end}). MimoModel runs all modules on the language module's ranks or "
+                "none: ranges that overlap in part, and layouts that mix both, are not supported."
             )
         sizes = _sizes(grid)
         if sizes.get("pp", 1) > 1:

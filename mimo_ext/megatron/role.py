@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -26,8 +26,9 @@ class ModuleLayout(Enum):
     """How the modules lie on the ranks; decides the forward path.
 
     UNIFIED: no grid map. All modules share the same ranks and parallelism, and run one after another.
-    NON_COLOCATED: the grids' rank ranges are disjoint. A rank runs encoders or the language model.
-    COLOCATED: rank ranges overlap, each module with its own parallelism.
+    NON_COLOCATED: no module shares a rank with the language model. A rank runs encoders (one or several) or the
+        language model.
+    COLOCATED: modules share ranks with the language model, each with its own parallelism.
 
     A member compares equal to the member of the same name of megatron-core's own enum, which knows no UNIFIED.
     """
@@ -100,7 +101,7 @@ class RankRole:
                 f"expected {sorted(expected)}, got {sorted(got)} "
                 f"(missing {sorted(expected - got)}, extra {sorted(got - expected)})."
             )
-        mode = ModuleLayout.COLOCATED if _any_overlap(module_to_grid_map.values()) else ModuleLayout.NON_COLOCATED
+        mode = ModuleLayout.COLOCATED if _language_shares_ranks(module_to_grid_map) else ModuleLayout.NON_COLOCATED
         return cls(modules=_stages_of_rank(module_to_grid_map), mode=mode)
 
     @classmethod
@@ -117,10 +118,9 @@ class RankRole:
         if not module_to_grid_map:
             role = cls.unified([*modality_module_names, MIMO_LANGUAGE_MODULE_KEY])
             return cls(modules=role.modules, mode=released.COLOCATED)
-        grids = list(module_to_grid_map.values())
         stages = _stages_of_rank(module_to_grid_map)
         whole = all(stage.is_first_stage and stage.is_last_stage for stage in stages.values())
-        colocated = _any_overlap(grids) or (len(grids) == 1 and whole)
+        colocated = _language_shares_ranks(module_to_grid_map) or (len(module_to_grid_map) == 1 and whole)
         return cls(modules=stages, mode=released.COLOCATED if colocated else released.NON_COLOCATED)
 
     @property
@@ -147,14 +147,14 @@ class RankRole:
         return module_name in self.modules and self.modules[module_name].is_last_stage
 
 
-def _any_overlap(grids: Iterable[Any]) -> bool:
-    """Whether two grids share a rank."""
-    end = 0
-    for start, size in sorted((grid.rank_offset, grid.size) for grid in grids):
-        if start < end:
-            return True
-        end = max(end, start + size)
-    return False
+def _language_shares_ranks(module_to_grid_map: Mapping[str, Any]) -> bool:
+    """Whether another module has a rank of the language module."""
+    language = module_to_grid_map.get(MIMO_LANGUAGE_MODULE_KEY)
+    if language is None:
+        return False
+    others = (grid for name, grid in module_to_grid_map.items() if name != MIMO_LANGUAGE_MODULE_KEY)
+    end = language.rank_offset + language.size
+    return any(g.rank_offset < end and language.rank_offset < g.rank_offset + g.size for g in others)
 
 
 def _stages_of_rank(module_to_grid_map: Mapping[str, Any]) -> dict[str, ModuleStageInfo]:

@@ -98,6 +98,15 @@ def test_partial_overlap_is_colocated(as_rank):
     assert list(role.modules) == ["images"]
 
 
+def test_encoders_may_share_ranks_with_each_other(as_rank):
+    as_rank(1)
+    grids = {"images": Grid(0, dp=2), "audio": Grid(0, tp=2), "language": Grid(2, dp=2)}
+    role = RankRole.from_grid_map(grids, ["images", "audio"])
+    assert role.mode is ModuleLayout.NON_COLOCATED
+    assert role.modality_module_names == ["images", "audio"]
+    assert RankRole.build(["images", "audio"], grids).mode is ReleasedLayout.NON_COLOCATED
+
+
 @pytest.mark.parametrize(
     ("keys", "names"), [(["images"], ["images"]), (["images", "language", "audio"], ["images"]), ([], [])]
 )
