@@ -47,8 +47,8 @@ py::list messages(const Plan& plan, const std::vector<Message>& list, bool lane_
   return out;
 }
 
-py::dict rank_plan(const Plan& plan, int rank) {
-  const RankPlan mine = plan.for_rank(rank);
+py::dict rank_plan(const Plan& plan, int rank, bool as_sender, bool as_receiver) {
+  const RankPlan mine = plan.for_rank(rank, as_sender, as_receiver);
   py::dict out;
   out["sends"] = messages(plan, mine.sends, false);
   out["receives"] = messages(plan, mine.receives, false);
@@ -99,7 +99,7 @@ void register_plan(py::module_& m) {
       .def_property_readonly("destination", &Plan::destination)
       .def_property_readonly("microbatch", &Plan::microbatch)
       .def_property_readonly("backward", [](const Plan& plan) { return plan.direction() == Direction::kBackward; })
-      .def("for_rank", &rank_plan, py::arg("rank"),
+      .def("for_rank", &rank_plan, py::arg("rank"), py::arg("as_sender") = true, py::arg("as_receiver") = true,
            "Messages of one rank: dict of lists 'sends', 'receives', 'lane_sends', 'lane_receives'. A message is a "
            "dict with "
            "sender, receiver (global ranks), sender_lane, receiver_lane, contribution (0 writes, more adds), send_box "

@@ -93,16 +93,27 @@ void Channel::wait_for(Waiter& waiter, Request& request, const char* what, int p
   }
 }
 
-std::shared_ptr<const Channel::CachedPlan> Channel::plan_for(const core::Microbatch& microbatch) {
+std::unique_ptr<Request> Channel::post(bool sending, const at::Tensor& tensor, int peer, int kind,
+                                       const char* operation, std::int64_t sequence) const {
+  try {
+    return sending ? transport_.send(tensor, peer, tag(kind)) : transport_.recv(tensor, peer, tag(kind));
+  } catch (const std::exception& error) {
+    throw BridgeError(where(operation, sequence) + ": " + (sending ? "message to" : "message from") + " rank " +
+                      std::to_string(peer) + ": the peer is gone or the connection broke (" + error.what() + ")");
+  }
+}
+
+std::shared_ptr<const Channel::CachedPlan> Channel::plan_for(const core::Microbatch& microbatch, Role role) {
+  auto& last = last_plans_[static_cast<std::size_t>(role)];
   {
     const std::lock_guard lock(plan_mutex_);
-    if (last_plan_ && last_plan_->plan.microbatch() == microbatch) return last_plan_;
+    if (last && last->plan.microbatch() == microbatch) return last;
   }
   core::Plan plan(config_.source, config_.destination, microbatch, direction_);
-  core::RankPlan mine = plan.for_rank(transport_.rank());
+  core::RankPlan mine = plan.for_rank(transport_.rank(), role == Role::kSend, role == Role::kReceive);
   auto cached = std::make_shared<const CachedPlan>(CachedPlan{std::move(plan), std::move(mine)});
   const std::lock_guard lock(plan_mutex_);
-  last_plan_ = cached;
+  last = cached;
   return cached;
 }
 
@@ -142,8 +153,9 @@ void Channel::post_headers(const Header& header, SendJob& job) {
     for (int member = sender_member_; member < receiver_.lane_size(); member += sender_.lane_size()) {
       const int peer = receiver_.lanes[static_cast<std::size_t>(lane)][static_cast<std::size_t>(member)];
       if (peer == transport_.rank()) continue;
-      job.pending.push_back({transport_.send(buffer, peer, tag(kHeaderTag)), peer});
-      if (extension.defined()) job.pending.push_back({transport_.send(extension, peer, tag(kHeaderTag)), peer});
+      job.pending.push_back({post(true, buffer, peer, kHeaderTag, send_name(), job.sequence), peer});
+      if (extension.defined())
+        job.pending.push_back({post(true, extension, peer, kHeaderTag, send_name(), job.sequence), peer});
     }
   }
 }
@@ -158,7 +170,7 @@ std::shared_ptr<Delivery> Channel::send(const core::Microbatch& microbatch, cons
                                         bool expects_backward) {
   failure_.check();
   const c10::NoGradGuard no_grad;
-  const auto plan = plan_for(microbatch);  // throws before anything is sent
+  const auto plan = plan_for(microbatch, Role::kSend);  // throws before anything is sent
   auto job = std::make_shared<SendJob>();
   job->sequence = next_send_;
   job->delivery = std::make_shared<Delivery>();
@@ -189,10 +201,10 @@ std::shared_ptr<Delivery> Channel::send(const core::Microbatch& microbatch, cons
       post_headers(header, *job);
     }
     for (Part& part : parts) {
-      job->pending.push_back({transport_.send(part.tensor, part.peer, tag(kPayloadTag)), part.peer});
+      job->pending.push_back({post(true, part.tensor, part.peer, kPayloadTag, send_name(), job->sequence), part.peer});
     }
-  } catch (const std::exception& error) {
-    failure_.set(std::make_exception_ptr(BridgeError(where(send_name(), next_send_) + ": " + error.what())));
+  } catch (const BridgeError&) {
+    failure_.set(std::current_exception());
     failure_.check();
   }
   if (meets_itself()) {

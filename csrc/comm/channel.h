@@ -8,7 +8,7 @@
 // posted by one thread in the order of the plan, microbatch after microbatch, on both sides.
 #pragma once
 
-#include <atomic>
+#include <array>
 #include <condition_variable>
 #include <deque>
 #include <memory>
@@ -76,13 +76,15 @@ class Channel {
     std::vector<at::Tensor> boxes;
   };
 
-  std::shared_ptr<const CachedPlan> plan_for(const core::Microbatch& microbatch);
+  enum class Role : std::uint8_t { kSend, kReceive };
+  /// This rank's messages in one role; the last plan of each role is kept.
+  std::shared_ptr<const CachedPlan> plan_for(const core::Microbatch& microbatch, Role role);
   Header header_for(const core::Microbatch& microbatch, bool no_gradient, bool expects_backward) const;
   void post_headers(const Header& header, SendJob& job);
   bool meets_itself() const;
 
-  std::unique_ptr<Incoming> post_payload(const core::Microbatch& microbatch, const std::vector<int>& without_gradient,
-                                         std::vector<at::Tensor> local_boxes);
+  std::unique_ptr<Incoming> post_payload(std::int64_t sequence, const core::Microbatch& microbatch,
+                                         const std::vector<int>& without_gradient, std::vector<at::Tensor> local_boxes);
   void run_receive(ReceiveJob& job);
   void receive(ReceiveJob& job);
   std::vector<Header> receive_headers(ReceiveJob& job, const LocalItem* local);
@@ -91,6 +93,9 @@ class Channel {
   static void finish_slot(Slot& slot, Incoming& incoming);
   LocalItem take_local(std::int64_t sequence);
 
+  /// Posts a message; an error of the transport is told as a BridgeError that names the peer.
+  std::unique_ptr<Request> post(bool sending, const at::Tensor& tensor, int peer, int kind, const char* operation,
+                                std::int64_t sequence) const;
   void run_send(SendJob& job);
   void wait_for(Waiter& waiter, Request& request, const char* what, int peer, const char* operation,
                 std::int64_t sequence) const;
@@ -113,7 +118,7 @@ class Channel {
   std::int64_t next_send_ = 0;
   std::int64_t next_recv_ = 0;
   std::mutex plan_mutex_;
-  std::shared_ptr<const CachedPlan> last_plan_;
+  std::array<std::shared_ptr<const CachedPlan>, 2> last_plans_;  ///< by role
 
   std::mutex room_mutex_;
   std::condition_variable room_changed_;

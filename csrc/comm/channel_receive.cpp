@@ -47,7 +47,7 @@ std::shared_ptr<Delivery> Channel::recv(std::optional<core::Microbatch> known) {
   try {
     if (config_.fixed) {
       // Everything is known: the payload's receives are posted now, ahead of whatever this rank sends next.
-      if (!meets_itself()) job->incoming = post_payload(*config_.fixed, {}, {});
+      if (!meets_itself()) job->incoming = post_payload(job->sequence, *config_.fixed, {}, {});
     } else {
       const auto [first, last] = core::Plan::lanes_met(receiver_lane_, receiver_.num_lanes(), sender_.num_lanes());
       for (int lane = first; lane < last; ++lane) {
@@ -56,15 +56,13 @@ std::shared_ptr<Delivery> Channel::recv(std::optional<core::Microbatch> known) {
         slot.peer = members[static_cast<std::size_t>(receiver_member_ % sender_.lane_size())];
         if (slot.peer != transport_.rank()) {
           slot.buffer = at::empty({static_cast<std::int64_t>(Header::kWords)}, at::kLong);
-          slot.request = transport_.recv(slot.buffer, slot.peer, tag(kHeaderTag));
+          slot.request = post(false, slot.buffer, slot.peer, kHeaderTag, recv_name(), job->sequence);
         }
         job->headers.push_back(std::move(slot));
       }
     }
-  } catch (const std::invalid_argument&) {
-    throw;
-  } catch (const std::exception& error) {
-    failure_.set(std::make_exception_ptr(BridgeError(where(recv_name(), next_recv_) + ": " + error.what())));
+  } catch (const BridgeError&) {
+    failure_.set(std::current_exception());
     failure_.check();
   }
   ++next_recv_;
@@ -73,10 +71,10 @@ std::shared_ptr<Delivery> Channel::recv(std::optional<core::Microbatch> known) {
   return delivery;
 }
 
-std::unique_ptr<Channel::Incoming> Channel::post_payload(const core::Microbatch& microbatch,
+std::unique_ptr<Channel::Incoming> Channel::post_payload(std::int64_t sequence, const core::Microbatch& microbatch,
                                                          const std::vector<int>& without_gradient,
                                                          std::vector<at::Tensor> local_boxes) {
-  const auto plan = plan_for(microbatch);
+  const auto plan = plan_for(microbatch, Role::kReceive);
   auto incoming = std::make_unique<Incoming>();
   const auto extents = plan->plan.receiver_shape(receiver_lane_, receiver_member_);
   const at::IntArrayRef shape(extents.data(), static_cast<std::size_t>(config_.ndim));
@@ -105,14 +103,14 @@ std::unique_ptr<Channel::Incoming> Channel::post_payload(const core::Microbatch&
       slot.in_place = false;
       slot.buffer = local_boxes.at(next_local++).reshape({-1});
     } else {
-      slot.request = transport_.recv(slot.buffer, message.sender, tag(kPayloadTag));
+      slot.request = post(false, slot.buffer, message.sender, kPayloadTag, recv_name(), sequence);
     }
     incoming->receives[message.sender_lane].push_back(std::move(slot));
   }
   for (const core::Message& message : plan->mine.lane_receives) {
     if (skipped(message)) continue;
     Slot slot = slot_for(message);
-    slot.request = transport_.recv(slot.buffer, message.sender, tag(kLaneTag));
+    slot.request = post(false, slot.buffer, message.sender, kLaneTag, recv_name(), sequence);
     incoming->lane_receives.push_back(std::move(slot));
   }
   for (const core::Message& message : plan->mine.lane_sends) {
@@ -162,7 +160,7 @@ void Channel::receive(ReceiveJob& job) {
       microbatch = *job.known;
     }
   }
-  if (!job.incoming) job.incoming = post_payload(microbatch, without_gradient, std::move(local.boxes));
+  if (!job.incoming) job.incoming = post_payload(job.sequence, microbatch, without_gradient, std::move(local.boxes));
   Incoming& incoming = *job.incoming;
 
   // Lane by lane: what has arrived is forwarded to the replicas while the next lane's parts are still on the wire.
@@ -178,7 +176,7 @@ void Channel::receive(ReceiveJob& job) {
     for (Slot& slot : slots) finish_slot(slot, incoming);
     for (const core::Message& copy : incoming.lane_sends[lane]) {
       const at::Tensor part = part_of(incoming.result, copy.send_box);
-      job.forwarded.push_back({transport_.send(part, copy.receiver, tag(kLaneTag)), copy.receiver});
+      job.forwarded.push_back({post(true, part, copy.receiver, kLaneTag, recv_name(), job.sequence), copy.receiver});
     }
   }
   for (Slot& slot : incoming.lane_receives) {
@@ -230,7 +228,7 @@ std::vector<Header> Channel::receive_headers(ReceiveJob& job, const LocalItem* l
       header = Header::decode(words);
       if (header.has_extension()) {
         at::Tensor counts = at::empty({header.num_rows}, at::kLong);
-        const auto request = transport_.recv(counts, slot.peer, tag(kHeaderTag));
+        const auto request = post(false, counts, slot.peer, kHeaderTag, recv_name(), job.sequence);
         wait_for(receive_waiter_, *request, "row counts from", slot.peer, recv_name(), job.sequence);
         const std::int64_t* data = counts.data_ptr<std::int64_t>();
         header.set_extension({data, data + header.num_rows});

@@ -260,19 +260,19 @@ std::pair<int, int> Plan::lanes_met(int lane, int lanes, int other_lanes) {
   return {static_cast<int>(first), static_cast<int>(last)};
 }
 
-RankPlan Plan::for_rank(int rank) const {
+RankPlan Plan::for_rank(int rank, bool as_sender, bool as_receiver) const {
   RankPlan plan;
   const Boundary& from = sender();
   const Boundary& to = receiver();
   const bool partial = direction_ == Direction::kBackward;
 
-  const auto each_overlap = [&](int lane, bool as_sender, const auto& visit) {
-    const int mine = as_sender ? from.num_lanes() : to.num_lanes();
-    const int others = as_sender ? to.num_lanes() : from.num_lanes();
+  const auto each_overlap = [&](int lane, bool sending, const auto& visit) {
+    const int mine = sending ? from.num_lanes() : to.num_lanes();
+    const int others = sending ? to.num_lanes() : from.num_lanes();
     const auto [first, last] = lanes_met(lane, mine, others);
     for (int other = first; other < last; ++other) {
       const Overlap overlap =
-          overlap_of(microbatch_, as_sender ? lane : other, from.num_lanes(), as_sender ? other : lane, to.num_lanes());
+          overlap_of(microbatch_, sending ? lane : other, from.num_lanes(), sending ? other : lane, to.num_lanes());
       if (overlap.empty()) continue;
       const auto sent = pieces_of(from, overlap.sender_lane, overlap, microbatch_, partial);
       const auto received = pieces_of(to, overlap.receiver_lane, overlap, microbatch_, false);
@@ -298,12 +298,12 @@ RankPlan Plan::for_rank(int rank) const {
     }
   };
 
-  if (const auto [lane, member] = from.find(rank); lane >= 0) {
+  if (const auto [lane, member] = from.find(rank); as_sender && lane >= 0) {
     each_overlap(lane, true, [&, me = member](const Overlap& overlap, const auto& sent, const auto& received) {
       transfers(overlap, sent, received, [me](const Piece& s, const Piece&) { return s.member == me; }, plan.sends);
     });
   }
-  if (const auto [lane, member] = to.find(rank); lane >= 0) {
+  if (const auto [lane, member] = to.find(rank); as_receiver && lane >= 0) {
     const auto replicas = to.members_of_shard(to.shard_of(member));
     each_overlap(lane, false, [&, me = member](const Overlap& overlap, const auto& sent, const auto& received) {
       transfers(overlap, sent, received, [me](const Piece&, const Piece& r) { return r.member == me; }, plan.receives);

@@ -108,7 +108,9 @@ class Plan {
 
   /// All messages in which `rank` takes part. The cost grows with their number (and the size of the lanes met), not
   /// with the world.
-  RankPlan for_rank(int rank) const;
+  /// A rank on both sides may ask for one of its roles alone: as a sender it needs to know the rows of its own samples
+  /// only.
+  RankPlan for_rank(int rank, bool as_sender = true, bool as_receiver = true) const;
   /// Shape of the tensor that a rank holds as a sender or as a receiver. Needs the row counts of that rank's lane.
   std::array<std::int64_t, kMaxDims> sender_shape(int lane, int member) const;
   std::array<std::int64_t, kMaxDims> receiver_shape(int lane, int member) const;
