@@ -1,10 +1,9 @@
 """Build of the extension `mimo_ext._C`.
 
 Environment:
-    MIMO_EXT_CUDA=auto|0|1   CUDA kernels. auto: when torch is a CUDA build and a toolkit is found; 1 fails without a toolkit.
-    MIMO_EXT_WERROR=1        warnings of our own sources are errors (CI).
-    MIMO_EXT_CUDA_ARCHS      semicolon list, default "80;90;100".
-    MAX_JOBS                 parallel compilations (a c10d source needs about 0.8 GB).
+    MIMO_EXT_CUDA=auto|0|1   CUDA kernels. auto: when torch is a CUDA build and a toolkit is found; 1 fails without a
+    toolkit. MIMO_EXT_WERROR=1        warnings of our own sources are errors (CI). MIMO_EXT_CUDA_ARCHS      semicolon
+    list, default "80;90;100". MAX_JOBS                 parallel compilations (a c10d source needs about 0.8 GB).
 """
 
 import os
@@ -72,7 +71,7 @@ ARCHS = os.environ.get("MIMO_EXT_CUDA_ARCHS", "80;90;100").split(";")
 
 
 class Build(BuildExtension):
-    """The .cu files include no torch header, so nvcc builds them by itself, beside any torch (the CPU build included)."""
+    """The .cu files include no torch header: nvcc builds them by itself, beside any torch (also a CPU build)."""
 
     def build_extensions(self) -> None:
         if shutil.which(os.environ.get("CXX", "g++")) is None:

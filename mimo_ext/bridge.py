@@ -45,22 +45,25 @@ class Handle:
 class Bridge:
     """Moves the boundary tensor of one module to the next, and its gradient back, between any two layouts.
 
-    The constructor is collective over the default process group (or over `group`): every rank calls it, in the same order of
-    bridges, also ranks that are on neither side. It compares the arguments of all ranks before it creates anything.
+    The constructor is collective over the default process group (or over `group`): every rank calls it, in the same
+    order of bridges, also ranks that are on neither side. It compares the arguments of all ranks before it creates
+    anything.
 
-    Samples of the global microbatch are split over lanes by position: lane i of k holds samples [i*B//k, (i+1)*B//k). Every rank
-    of a destination lane receives the lane's whole tensor (or its own sequence shard, where its layout says so).
+    Samples of the global microbatch are split over lanes by position: lane i of k holds samples [i*B//k, (i+1)*B//k).
+    Every rank of a destination lane receives the lane's whole tensor (or its own sequence shard, where its layout says
+    so).
 
     Args:
         src, dst: layouts of the two modules.
         ndim: 2 for [rows of the lane, h], 3 for tensors with a batch and a sequence axis.
         batch_dim, seq_dim: the axes of a 3-D tensor; seq_dim defaults to the other one of the first two.
         dtype: of activations and gradients.
-        shape: of the global microbatch, all lanes together, where it never changes: then nothing but payload is sent. Default:
-            shapes vary, and a small header goes ahead of each payload.
+        shape: of the global microbatch, all lanes together, where it never changes: then nothing but payload is sent.
+            Default: shapes vary, and a small header goes ahead of each payload.
         timeout: how long any wait for a peer may last.
         device: only "cpu" (gloo) so far.
-        src_stage, dst_stage: pipeline stages that the bridge joins: by default the source's last and the destination's first.
+        src_stage, dst_stage: pipeline stages that the bridge joins: by default the source's last and the destination's
+            first.
         group: a process group that holds all ranks of both sides, in place of the default group.
         max_in_flight: microbatches per direction that are sent but not yet received; a further send waits.
         name: of the edge, for messages; default "src.name -> dst.name".
@@ -190,8 +193,8 @@ class Bridge:
             other = next(index for index in range(count) if int(digests[index]) != int(digests[0]))
             ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
             raise ValueError(
-                f"bridge '{self.name}', rank {self.rank}: the ranks describe different bridges: expected (rank {ranks[0]}) "
-                f"{texts[0]!r}, got (rank {ranks[other]}) {texts[other]!r}"
+                f"bridge '{self.name}', rank {self.rank}: the ranks describe different bridges: "
+                f"expected (rank {ranks[0]}) {texts[0]!r}, got (rank {ranks[other]}) {texts[other]!r}"
             )
         return digest
 
@@ -213,7 +216,7 @@ class Bridge:
 
     @property
     def plan(self) -> Plan:
-        """The forward plan: of the static shape, else of the last microbatch sent here, else of an example of equal samples."""
+        """The forward plan: of the static shape, else of the last microbatch sent here, else of an example."""
         last = self._open.last_plan()
         if last is not None:
             return last
@@ -245,8 +248,8 @@ class Bridge:
         """Enqueue this lane's activation; the handle's `wait()` returns None once the storage is free again.
 
         Args:
-            x: [rows, h] or 3-D, of the bridge's dtype; this rank's shard of it where the source is sharded. Do not change it in
-                place before the handle has ended; freeing it (or swapping `x.data`) is fine.
+            x: [rows, h] or 3-D, of the bridge's dtype; this rank's shard of it where the source is sharded. Do not
+                change it in place before the handle has ended; freeing it (or swapping `x.data`) is fine.
             row_counts: 2-D only: rows of each sample of this lane. Default: the rows split evenly.
             num_samples: of the global microbatch; default: as many in every source lane as here.
 
@@ -266,8 +269,10 @@ class Bridge:
         self.isend_forward(x, row_counts, num_samples)
 
     def irecv_forward(self) -> Handle:
-        """Post the receive of the next microbatch; `wait()` returns a leaf tensor with `requires_grad=True` (floating dtypes,
-        unless the sender or the receiver ran under `torch.no_grad()`)."""
+        """Post the receive of the next microbatch; `wait()` returns a leaf tensor.
+
+        It has `requires_grad=True` (floating dtypes), unless the sender or the receiver ran under `torch.no_grad()`.
+        """
         wants_backward = torch.is_grad_enabled()
         with torch.profiler.record_function("mimo_ext::recv_forward"):
             delivery = self._open.recv_forward()
@@ -290,8 +295,10 @@ class Bridge:
             return self.irecv_forward().wait()
 
     def isend_backward(self, dy: torch.Tensor | None) -> Handle:
-        """Enqueue the gradient of the oldest received microbatch that waits for one; None says that there is none (with static
-        shapes, zeros are sent in its place)."""
+        """Enqueue the gradient of the oldest received microbatch that waits for one.
+
+        None says that there is none; with static shapes, zeros are sent in its place.
+        """
         with torch.profiler.record_function("mimo_ext::send_backward"):
             delivery = self._open.send_backward(dy)
         return Handle(self._open, delivery, lambda _: None)
@@ -352,7 +359,7 @@ def _axes(name: str, ndim: int, batch_dim: int, seq_dim: int | None) -> tuple[in
         seq_dim = 1 if batch_dim == 0 else 0
     if not 0 <= batch_dim < 3 or not 0 <= seq_dim < 3 or batch_dim == seq_dim:
         raise ValueError(
-            f"bridge '{name}': expected two different axes of a 3-D tensor, got batch_dim={batch_dim}, seq_dim={seq_dim}"
+            f"bridge '{name}': expected two axes of a 3-D tensor, got batch_dim={batch_dim}, seq_dim={seq_dim}"
         )
     return batch_dim, seq_dim
 
@@ -388,9 +395,10 @@ class _BridgeFunction(torch.autograd.Function):
 def bridge(x: torch.Tensor | None, bridge: Bridge, **options: Any) -> torch.Tensor:
     """Differentiable form, called by every rank of both sides: `y = mimo_ext.bridge(x, b)`.
 
-    On destination ranks it returns the received tensor; its backward sends the gradient. On ranks that are only a source it
-    returns a zero scalar that stands for the transfer: call `backward()` on it (or add it to the loss) to receive `x`'s gradient.
-    On ranks that are only a destination `x` is None. Under `torch.no_grad()` nothing travels back.
+    On destination ranks it returns the received tensor; its backward sends the gradient. On ranks that are only a
+    source it returns a zero scalar that stands for the transfer: call `backward()` on it (or add it to the loss) to
+    receive `x`'s gradient. On ranks that are only a destination `x` is None. Under `torch.no_grad()` nothing travels
+    back.
 
     Args:
         x: as in `Bridge.send_forward`; None on ranks that only receive.
@@ -406,7 +414,8 @@ def bridge(x: torch.Tensor | None, bridge: Bridge, **options: Any) -> torch.Tens
             assert x is not None
             bridge.send_forward(x, **options)
         return bridge.recv_forward() if bridge.is_destination else torch.zeros((), dtype=bridge.dtype)
-    # A leaf that requires grad keeps the node in the graph also where x is absent or frozen: the peers wait for its backward.
+    # A leaf that requires grad keeps the node in the graph also where x is absent or frozen: the peers wait for its
+    # backward.
     anchor = torch.zeros((), dtype=bridge.dtype, requires_grad=True)
     start = anchor if x is None else x if x.requires_grad else x.detach().requires_grad_()
     return _BridgeFunction.apply(bridge, start, options)

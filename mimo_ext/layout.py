@@ -23,13 +23,14 @@ class Layout:
         ranks: global ranks in the order of the dims; ``tp * cp * dp * pp`` of them.
         tp, cp, dp, pp: sizes of tensor, context, data and pipeline parallelism.
         order: which dim varies fastest, next fastest, ...; as `dim_names` of Megatron's HyperCommGrid.
-        cp_placement: how the context-parallel ranks hold the sequence axis: "replicated" (each holds all of it; their gradients
-            are partial and are summed), "contiguous" or "zigzag" (chunks c and 2*cp-1-c).
+        cp_placement: how the context-parallel ranks hold the sequence axis: "replicated" (each holds all of it; their
+            gradients are partial and are summed), "contiguous" or "zigzag" (chunks c and 2*cp-1-c).
         sequence_parallel: the tp ranks hold contiguous shards of the sequence axis instead of replicas.
         name: of the module, for messages and pictures.
 
     Raises:
-        ValueError: sizes that are not positive or do not multiply to the number of ranks, ranks listed twice, unknown dims.
+        ValueError: sizes that are not positive or do not multiply to the number of ranks, ranks listed twice, unknown
+            dims.
 
     >>> Layout(ranks=range(0, 4), tp=2, dp=2).lanes()
     ((0, 1), (2, 3))
@@ -145,7 +146,10 @@ class Layout:
         cp_placement: str = "replicated",
         sequence_parallel: bool = False,
     ) -> Layout:
-        """From a `torch.distributed.DeviceMesh`; `tp`, `cp`, `dp`, `pp` are the names of its dims (absent ones have size 1).
+        """From a `torch.distributed.DeviceMesh`.
+
+        Args:
+            tp, cp, dp, pp: names of the mesh's dims; those that it lacks have size 1.
 
         Raises:
             ValueError: a mesh without dim names, or with a dim of size > 1 that is none of the four.

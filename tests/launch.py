@@ -1,13 +1,14 @@
 """Run a function on real gloo ranks, with a deadline.
 
 `launch(fn, world_size, *args)` calls `fn(rank, world_size, *args)` on `world_size` ranks whose default process group is
-gloo, and returns the list of results in rank order. A rank that raises, dies or hangs fails the call with the traceback of
-every rank that has one (a hang shows where each rank stands).
+gloo, and returns the list of results in rank order. A rank that raises, dies or hangs fails the call with the traceback
+of every rank that has one (a hang shows where each rank stands).
 
 Two ways, chosen by the environment:
 
 * normally the ranks are processes of a fork server that has imported torch already (8 ranks start in about 0.3 s);
-* under ``torchrun --nproc-per-node N -m pytest tests/distributed`` every rank runs pytest, and `fn` runs on the ranks that are
+* under ``torchrun --nproc-per-node N -m pytest tests/distributed`` every rank runs pytest, and `fn` runs on the ranks
+that are
   there: the first `world_size` of them. A test that wants more ranks than N is skipped, with the reason.
 """
 

@@ -34,7 +34,7 @@ def refused_inputs(rank: int, world_size: int) -> None:
         for tensor, options, message in bad:
             with pytest.raises(ValueError, match=message):
                 bridge.send_forward(tensor, **options)
-        with pytest.raises(mimo_ext.BridgeError, match="expected a rank of the destination .*, got rank"):
+        with pytest.raises(mimo_ext.BridgeError, match=r"expected a rank of the destination .*, got rank"):
             bridge.recv_forward()
         bridge.send_forward(good)
         torch.testing.assert_close(bridge.recv_backward(), good * 2)
@@ -44,7 +44,10 @@ def refused_inputs(rank: int, world_size: int) -> None:
         # Nothing of what was refused has arrived.
         y = bridge.recv_forward()
         torch.testing.assert_close(y.detach(), torch.cat([torch.arange(6.0).view(3, 2) + lane for lane in (0, 1)]))
-        for bad_gradient, message in [(y.detach()[:5], r"expected a gradient of shape \[6, 2\]"), (y.double(), "dtype")]:
+        for bad_gradient, message in [
+            (y.detach()[:5], r"expected a gradient of shape \[6, 2\]"),
+            (y.double(), "dtype"),
+        ]:
             with pytest.raises(ValueError, match=message):
                 bridge.send_backward(bad_gradient)
         bridge.send_backward(y.detach() * 2)
@@ -86,7 +89,7 @@ def bad_arguments(rank: int, world_size: int) -> None:
     for options, kind, message in [
         ({"ndim": 4}, ValueError, "ndim: expected 2 or 3, got 4"),
         ({"ndim": 2, "batch_dim": 1}, ValueError, "expected batch_dim=0"),
-        ({"ndim": 3, "batch_dim": 1, "seq_dim": 1}, ValueError, "two different axes"),
+        ({"ndim": 3, "batch_dim": 1, "seq_dim": 1}, ValueError, "two axes"),
         ({"device": "cuda"}, NotImplementedError, "device 'cuda' is not supported yet"),
         ({"max_in_flight": 0}, ValueError, "max_in_flight must be positive, got 0"),
         ({"timeout": timedelta(0)}, ValueError, "timeout must be positive"),
@@ -133,7 +136,10 @@ def test_layouts_that_differ_between_ranks(what, expected, got):
 
 def dying_peer(rank: int, world_size: int, dies: int, when: str) -> tuple[str, float]:
     bridge = mimo_ext.Bridge(
-        Layout([0, 1], tp=2, name="images"), Layout([2, 3], tp=2, name="language"), ndim=2, timeout=timedelta(seconds=20)
+        Layout([0, 1], tp=2, name="images"),
+        Layout([2, 3], tp=2, name="language"),
+        ndim=2,
+        timeout=timedelta(seconds=20),
     )
     x = torch.ones(4, 2)
     for step in range(2):

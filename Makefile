@@ -1,0 +1,104 @@
+# Everything a person needs: `make demo` runs the main job, `make test` runs the tests. See `make help`.
+#
+# Variables: PYTHON (3.11 or later), VENV (where the environment is made), TORCH (pip requirement of torch, and options),
+# MEGATRON (pip requirement), MAX_JOBS (parallel compilations). Paths are relative: the folder's name may hold spaces.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+MEGATRON ?= megatron-core==0.19.2
+MAX_JOBS ?= 2
+CXX ?= g++
+DEMO_ARGS ?=
+CHECK_ARGS ?=
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+EXAMPLE := examples/vlm_digits/train.py
+SOURCES := $(shell find csrc mimo_ext -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.py' -o -name '*.pyi')
+CXX_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+export MAX_JOBS
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help
+help:
+	@echo "make demo      set up (first time), then train the example: a vision-language model that reads handwriting"
+	@echo "make check     the example's parallel layouts against one process, loss by loss"
+	@echo "make test      all tests: lint, C++, Python, distributed, Megatron"
+	@echo "make build     set up and install the extension into $(VENV)"
+	@echo "make lint      formatting, lint and types; make format mends the formatting"
+	@echo "make clean     removes $(VENV) and build/"
+
+# --- Set-up: three steps, each redone only when what it depends on has changed.
+
+.PHONY: preflight
+preflight:
+	@PYTHON="$(PYTHON)" CXX="$(CXX)" sh scripts/preflight.sh
+
+$(VENV)/.torch: requirements/build.txt Makefile
+	@$(MAKE) --no-print-directory preflight
+	@echo "== making the environment in $(VENV) with $(TORCH)"
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q $(TORCH) -r requirements/build.txt
+	@touch $@
+
+$(VENV)/.example: $(VENV)/.torch requirements/example.txt requirements/megatron.txt
+	@echo "== installing $(MEGATRON) and what the example needs"
+	$(PIP) install -q -r requirements/example.txt -r requirements/megatron.txt
+	$(PIP) install -q --no-deps --ignore-requires-python $(MEGATRON)
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.example requirements/test.txt
+	$(PIP) install -q -r requirements/test.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(SOURCES)
+	@$(MAKE) --no-print-directory preflight
+	@echo "== building the extension"
+	$(PIP) install -q --no-build-isolation --no-deps --force-reinstall .
+	@touch $@
+
+.PHONY: build
+build: $(VENV)/.built
+
+# --- The main job
+
+.PHONY: demo
+demo: $(VENV)/.example $(VENV)/.built
+	$(PY) -P $(EXAMPLE) $(DEMO_ARGS)
+
+.PHONY: check
+check: $(VENV)/.example $(VENV)/.built
+	$(PY) -P $(EXAMPLE) --check $(CHECK_ARGS)
+
+# --- Tests. -P keeps the source folder off the path: what is tested is the installed package.
+
+.PHONY: test
+test: export MIMO_EXT_WERROR = 1
+test: $(VENV)/.test $(VENV)/.built
+	@$(MAKE) --no-print-directory lint test-cpp
+	$(PY) -P -m pytest tests $(PYTEST_ARGS)
+
+.PHONY: test-cpp
+test-cpp:
+	@sh scripts/require_gtest.sh
+	$(MAKE) -C tests/cpp test
+
+.PHONY: lint
+lint: $(VENV)/.test
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	$(PY) -m mypy
+
+.PHONY: format
+format: $(VENV)/.test
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+.PHONY: clean
+clean:
+	rm -rf $(VENV) build *.egg-info out
