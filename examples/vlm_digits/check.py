@@ -1,0 +1,212 @@
+"""Is it right? Compare training over many layouts with the same model in one process without any parallelism.
+
+The single process trains first and leaves its initial weights, its losses and its gradients in a file. Then every
+layout starts from its parts of those weights, sees the same data, and must give the same losses and gradients step by
+step.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from .launch import quiet
+from .layout import parse_layout
+
+TOLERANCE = 1e-4
+STEPS = 20
+LAYOUTS = (
+    "images: tp=1; language: tp=1",
+    "images: dp=2; language: tp=2",  # fan-in
+    "images: tp=2; language: dp=2",  # fan-out
+    "images: dp=2; language: dp=2",  # equal
+    "images: dp=3; language: dp=2",  # neither count divides the other
+    "images: dp=2; language: dp=3",
+    "images: tp=4; language: tp=2",
+    "images: dp=2; language: tp=2,pp=2",
+    "images: tp=2,dp=2; language: dp=2,pp=2",
+    "language: tp=2; images: dp=2",  # the language model on the first ranks
+)
+FIRST_LAYER = "modality_submodules.images.encoders.vit.patch_embedding.weight"
+
+
+@dataclass
+class Comparison:
+    """How far a layout is from the single process.
+
+    Attributes:
+        losses: the layout's loss at every step.
+        loss_error: largest relative difference of a step's loss.
+        gradient_errors: by parameter, the largest relative difference of a step's gradient, in the 2-norm of a rank's
+            part of it.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    loss_error: float = 0.0
+    gradient_errors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def first_layer_error(self) -> float:
+        """The gradient of the encoder's first layer."""
+        return self.gradient_errors[FIRST_LAYER]
+
+    @property
+    def worst_gradient(self) -> tuple[str, float]:
+        """The parameter whose gradient is furthest off."""
+        return max(self.gradient_errors.items(), key=lambda item: item[1])
+
+    @property
+    def agrees(self) -> bool:
+        """Whether losses and gradients agree within the tolerance."""
+        return self.loss_error <= TOLERANCE and self.worst_gradient[1] <= TOLERANCE
+
+
+def check_layouts(seed: int = 0, layouts: tuple[str, ...] = LAYOUTS, steps: int = STEPS) -> int:
+    """Compare every layout with the single process and print a table; returns the exit code for the shell."""
+    print(f"{steps} steps of the same model, weights and data; largest relative difference to one process (fp32)\n")
+    print(f"  {'layout':<42} {'ranks':>5} {'loss':>9} {'1st layer':>10} {'worst grad':>11} {'seconds':>8}", flush=True)
+    wrong = []
+    with tempfile.TemporaryDirectory(prefix="vlm_digits_check_") as name:
+        folder = Path(name)
+        record_reference(folder, seed, steps)
+        for layout in layouts:
+            started = time.monotonic()
+            found = compare(layout, folder, seed, steps)
+            seconds = time.monotonic() - started
+            verdict = "" if found.agrees else f"  WRONG: {found.worst_gradient[0]}"
+            if verdict:
+                wrong.append(layout)
+            ranks = parse_layout(layout).world_size
+            errors = f"{found.loss_error:>9.1e} {found.first_layer_error:>10.1e} {found.worst_gradient[1]:>11.1e}"
+            print(f"  {layout:<42} {ranks:>5} {errors} {seconds:>8.1f}{verdict}", flush=True)
+    if wrong:
+        print(f"\n{len(wrong)} of {len(layouts)} layouts differ by more than {TOLERANCE:g}", file=sys.stderr)
+        return 1
+    print(f"\nall {len(layouts)} layouts agree within {TOLERANCE:g}")
+    return 0
+
+
+def record_reference(folder: Path, seed: int, steps: int) -> None:
+    """Train in one process (of its own) and leave what it did in `folder`."""
+    _start(_reference_rank, 1, (str(folder), seed, steps), timeout=120.0)
+
+
+def compare(
+    layout: str, folder: Path, seed: int, steps: int, prepare: Any = None, timeout: float = 180.0
+) -> Comparison:
+    """Train over `layout` with real gloo ranks and compare with what `record_reference` left in `folder`.
+
+    `prepare` (a module-level function without arguments) is called on every rank before anything is built.
+    Raises if a rank fails or the ranks take longer than `timeout` seconds.
+    """
+    ranks = parse_layout(layout).world_size
+    with tempfile.TemporaryDirectory(prefix="vlm_digits_ranks_") as own:
+        _start(_layout_rank, ranks, (own, layout, str(folder), seed, steps, prepare), timeout)
+        found: Comparison = torch.load(Path(own) / "comparison.pt", weights_only=False)
+    return found
+
+
+def check_recipe(seed: int) -> Any:
+    """The usual recipe with a batch that every layout above splits evenly."""
+    from .trainer import Recipe
+
+    return Recipe(seed=seed, batch=24, microbatches=2)
+
+
+def _start(rank: Any, ranks: int, arguments: tuple[Any, ...], timeout: float) -> None:
+    """Run ``rank(index, ranks, folder, ...)`` in processes that have everything imported already."""
+    os.environ.update(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["vlm_digits.preload"])
+    context = torch.multiprocessing.start_processes(
+        rank, (ranks, *arguments), nprocs=ranks, join=False, start_method="forkserver"
+    )
+    deadline = time.monotonic() + timeout
+    try:
+        while not context.join(timeout=1.0):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{ranks} ranks did not finish within {timeout:g} s")
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _reference_rank(rank: int, ranks: int, folder: str, seed: int, steps: int) -> None:
+    from mimo_ext.megatron import cpu
+
+    from .data import Numbers
+    from .reference import Reference
+
+    _join(rank, ranks, folder)
+    with cpu():
+        reference = Reference(Numbers(seed), check_recipe(seed))
+        weights = reference.weights()
+        losses, gradients = zip(*(reference.step(step) for step in range(steps)), strict=True)
+    torch.save({"weights": weights, "losses": losses, "gradients": gradients}, Path(folder) / "reference.pt")
+    dist.destroy_process_group()
+
+
+def _layout_rank(
+    rank: int, ranks: int, own: str, layout: str, folder: str, seed: int, steps: int, prepare: Any
+) -> None:
+    from mimo_ext.megatron import cpu
+
+    from .data import Numbers
+    from .reference import load_shards
+    from .trainer import Trainer
+
+    _join(rank, ranks, own)
+    expected = torch.load(Path(folder) / "reference.pt")
+    with cpu():
+        if prepare is not None:
+            prepare()
+        load = partial(load_shards, expected["weights"])
+        trainer = Trainer(parse_layout(layout), Numbers(seed), check_recipe(seed), load=load)
+        found = Comparison()
+        for step in range(steps):
+            result = trainer.gradients(step)
+            _compare_gradients(trainer.model, expected["gradients"][step], found.gradient_errors)
+            loss = trainer.mean_loss([result])
+            found.losses.append(loss)
+            found.loss_error = max(found.loss_error, abs(loss / expected["losses"][step] - 1.0))
+            trainer.update()
+        trainer.close()
+    everyone: list[Any] = [None] * ranks
+    dist.all_gather_object(everyone, found.gradient_errors)
+    for errors in everyone:
+        for name, error in errors.items():
+            found.gradient_errors[name] = max(error, found.gradient_errors.get(name, 0.0))
+    if rank == 0:
+        torch.save(found, Path(own) / "comparison.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _compare_gradients(model: Any, expected: dict[str, torch.Tensor], errors: dict[str, float]) -> None:
+    from .reference import matching_shards
+
+    for name, parameter, part in matching_shards(model, expected):
+        error = float((parameter.main_grad - part).norm() / part.norm())
+        errors[name] = max(error, errors.get(name, 0.0))
+
+
+def _join(rank: int, ranks: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    quiet()
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+    )

@@ -1,0 +1,102 @@
+"""What each rank does in a training run, and what the user sees of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from mimo_ext.megatron import cpu
+
+from .data import TEST, Numbers
+from .layout import VlmLayout, check_world
+from .report import History, Progress, Transfer, draw, final_table
+from .trainer import Reading, Recipe, Trainer
+
+LOSS_EVERY = 10
+TEST_NUMBERS = 512  # held-out numbers of the final accuracy
+WATCHED_NUMBERS = 128  # held-out numbers of the accuracy in the progress bar
+SHOWN_NUMBERS = 8
+
+
+def train_rank(layout: VlmLayout, recipe: Recipe, picture: Path, timeout: float) -> None:
+    """Train on this rank of a torchrun job and, on rank 0, report. The last line of standard output is the result."""
+    torch.set_num_threads(1)
+    check_world(layout, int(os.environ["WORLD_SIZE"]))
+    with cpu():
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        try:
+            _train(layout, recipe, picture, timedelta(seconds=timeout))
+        finally:
+            dist.destroy_process_group()
+
+
+def _train(layout: VlmLayout, recipe: Recipe, picture: Path, timeout: timedelta) -> None:
+    reports = dist.get_rank() == 0
+    numbers = Numbers(recipe.seed)
+    trainer = Trainer(layout, numbers, recipe, timeout=timeout)
+    watched = numbers.batch(TEST, 0, _at_least(WATCHED_NUMBERS, recipe.batch))
+    watch_every = max(1, recipe.steps // 16)
+    history = History()
+    dist.barrier()
+    started = time.monotonic()
+    waiting = []
+    with Progress(recipe.steps, recipe.batch, enabled=reports) as progress:
+        for step in range(recipe.steps):
+            waiting.append(trainer.gradients(step))
+            trainer.update()
+            done = step + 1
+            if done % LOSS_EVERY == 0 or done == recipe.steps:
+                history.losses.append((done, trainer.mean_loss(waiting)))
+                waiting.clear()
+            if done % watch_every == 0:
+                history.accuracies.append((done, trainer.exact(watched)))
+            progress.advance(history)
+    seconds = time.monotonic() - started
+    reading, shown = _final_reading(trainer, _at_least(TEST_NUMBERS, recipe.batch))
+    history.accuracies.append((recipe.steps, reading.accuracy))
+    if reports:
+        draw(picture, layout, transfers(trainer), history, shown, reading.texts, reading.numbers)
+        result = {
+            "accuracy": round(reading.accuracy, 4),
+            "loss": round(history.losses[-1][1], 6),
+            "seconds": round(seconds, 1),
+            "samples_per_second": round(recipe.steps * recipe.batch / seconds, 1),
+            "steps": recipe.steps,
+            "batch": recipe.batch,
+            "seed": recipe.seed,
+            "layout": str(layout),
+            "ranks": layout.world_size,
+            "picture": str(picture.resolve()),
+        }
+        print(final_table(result, len(reading.numbers)))
+    trainer.close()
+    dist.barrier()
+    if reports:
+        print("result: " + json.dumps(result), flush=True)
+
+
+def _final_reading(trainer: Trainer, count: int) -> tuple[Reading, list[torch.Tensor]]:
+    """Let the model write `count` held-out numbers; also returns the images of the first few, ``[8, 8 n]`` each."""
+    size = trainer.recipe.batch
+    total, shown = Reading(), []
+    for index in range(count // size):
+        batch = trainer.numbers.batch(TEST, 1 + index, size)
+        reading = trainer.read(batch)
+        total.texts += reading.texts
+        total.numbers += reading.numbers
+        if not shown:
+            shown = [torch.cat(list(images), dim=1) for images in batch.images.split(batch.counts)][:SHOWN_NUMBERS]
+    return total, shown
+
+
+def _at_least(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def transfers(trainer: Trainer) -> list[Transfer]:
+    return []

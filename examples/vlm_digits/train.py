@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""Train a small vision-language model to read handwritten numbers, with its two modules in different parallel layouts.
+
+    python examples/vlm_digits/train.py
+    python examples/vlm_digits/train.py --layout "images: tp=2,dp=2; language: dp=2,pp=2"
+    torchrun --nproc-per-node 4 examples/vlm_digits/train.py --layout "images: dp=2; language: tp=2"
+    python examples/vlm_digits/train.py --check
+
+Run by itself it starts the ranks that the layout needs, all on this machine; under torchrun it is one of the ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: make the package of the files beside it importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from vlm_digits.launch import quiet, run_rank, start_ranks
+from vlm_digits.layout import DEFAULT_LAYOUT, LayoutError, VlmLayout, check_batch, check_world, parse_layout
+
+USUAL_BATCH = 32
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--layout",
+        default=DEFAULT_LAYOUT,
+        help="ranks of each module, in order: tp (tensor), dp (data), pp (pipeline) (default: '%(default)s')",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="decides the data split, the data order and the weights")
+    parser.add_argument("--steps", type=int, default=800, help="updates of the weights (default: %(default)s)")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help=f"numbers per step in all (default: {USUAL_BATCH}, or the next that splits evenly)",
+    )
+    parser.add_argument("--microbatches", type=int, default=2, help="parts of a batch (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate (default: %(default)s)")
+    parser.add_argument(
+        "--picture", type=Path, default=Path("vlm_digits.png"), help="PNG to draw (default: %(default)s)"
+    )
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for a peer (default: %(default)s)")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="instead of training: compare the first steps with one process without parallelism, for many layouts",
+    )
+    return parser.parse_args(arguments)
+
+
+def usual_batch(layout: VlmLayout, microbatches: int) -> int:
+    """The smallest batch of 32 or more that gives every lane of every module the same number of samples."""
+    unit = microbatches * math.lcm(*(module.dp for module in layout.modules.values()))
+    return -(-USUAL_BATCH // unit) * unit
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The program; returns the exit code for the shell."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse_arguments(arguments)
+    is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    try:
+        if options.steps < 1 or options.microbatches < 1:
+            raise LayoutError("--steps and --microbatches must be 1 or more")
+        layout = parse_layout(options.layout)
+        batch = usual_batch(layout, options.microbatches) if options.batch is None else options.batch
+        check_batch(layout, batch, options.microbatches)
+        if is_rank:
+            check_world(layout, int(os.environ["WORLD_SIZE"]))
+    except LayoutError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"this cannot work (--layout '{options.layout}'): {error}", file=sys.stderr)
+        return 2
+    quiet()
+    if options.check:
+        from vlm_digits.check import check_layouts
+
+        return check_layouts(seed=options.seed)
+    if not is_rank:
+        return start_ranks(Path(__file__).resolve(), arguments, layout.world_size)
+
+    def train() -> None:
+        from vlm_digits.run import train_rank
+        from vlm_digits.trainer import Recipe
+
+        recipe = Recipe(
+            seed=options.seed,
+            steps=options.steps,
+            batch=batch,
+            microbatches=options.microbatches,
+            lr=options.lr,
+            warmup=min(100, options.steps // 8),
+        )
+        train_rank(layout, recipe, options.picture, options.timeout)
+
+    return run_rank(train)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
