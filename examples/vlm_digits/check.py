@@ -127,7 +127,9 @@ def check_recipe(seed: int) -> Any:
 
 def _start(rank: Any, ranks: int, arguments: tuple[Any, ...], timeout: float) -> None:
     """Run ``rank(index, ranks, folder, ...)`` in processes that have everything imported already."""
-    os.environ.update(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")
+    # The fork server of Python 3.11 looks for the modules that it preloads only where PYTHONPATH says.
+    path = os.pathsep.join(filter(None, sys.path))
+    os.environ.update(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1", PYTHONPATH=path)
     multiprocessing.get_context("forkserver").set_forkserver_preload(["vlm_digits.preload"])
     context = torch.multiprocessing.start_processes(
         rank, (ranks, *arguments), nprocs=ranks, join=False, start_method="forkserver"
@@ -145,6 +147,7 @@ def _start(rank: Any, ranks: int, arguments: tuple[Any, ...], timeout: float) ->
 
 
 def _reference_rank(rank: int, ranks: int, folder: str, seed: int, steps: int) -> None:
+    quiet()
     from mimo_ext.megatron import cpu
 
     from .data import Numbers
@@ -162,6 +165,7 @@ def _reference_rank(rank: int, ranks: int, folder: str, seed: int, steps: int) -
 def _layout_rank(
     rank: int, ranks: int, own: str, layout: str, folder: str, seed: int, steps: int, prepare: Any
 ) -> None:
+    quiet()
     from mimo_ext.megatron import cpu
 
     from .data import Numbers
@@ -206,7 +210,6 @@ def _compare_gradients(model: Any, expected: dict[str, torch.Tensor], errors: di
 def _join(rank: int, ranks: int, folder: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    quiet()
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
     )

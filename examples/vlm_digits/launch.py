@@ -21,6 +21,7 @@ ERROR_FOLDER = "VLM_DIGITS_ERROR_FOLDER"  # where a failing rank leaves its erro
 def quiet() -> None:
     """Silence the advice that Megatron gives on every rank (no Apex, deprecated GPTModel, ...)."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")
+    warnings.filterwarnings("ignore", category=UserWarning, message="(?s).*experimental and still under")
     warnings.filterwarnings("ignore", category=UserWarning, message="(?s).*autograd kernel was not registered")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
