@@ -23,6 +23,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")
     warnings.filterwarnings("ignore", category=UserWarning, message="(?s).*experimental and still under")
     warnings.filterwarnings("ignore", category=UserWarning, message="(?s).*autograd kernel was not registered")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 

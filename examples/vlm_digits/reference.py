@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
+
 from mimo_ext.megatron import cpu
 
 from .data import TRAIN, Numbers

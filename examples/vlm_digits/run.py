@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from datetime import timedelta
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
 from mimo_ext.megatron import cpu
 
 from .data import TEST, Numbers
@@ -42,6 +44,7 @@ def _train(layout: VlmLayout, recipe: Recipe, picture: Path, timeout: timedelta)
     watched = numbers.batch(TEST, 0, _at_least(WATCHED_NUMBERS, recipe.batch))
     watch_every = max(1, recipe.steps // 16)
     history = History()
+    transfers = plan_transfers(layout, trainer)
     dist.barrier()
     started = time.monotonic()
     waiting = []
@@ -60,7 +63,7 @@ def _train(layout: VlmLayout, recipe: Recipe, picture: Path, timeout: timedelta)
     reading, shown = _final_reading(trainer, _at_least(TEST_NUMBERS, recipe.batch))
     history.accuracies.append((recipe.steps, reading.accuracy))
     if reports:
-        draw(picture, layout, transfers(trainer), history, shown, reading.texts, reading.numbers)
+        draw(picture, layout, transfers, history, shown, reading.texts, reading.numbers)
         result = {
             "accuracy": round(reading.accuracy, 4),
             "loss": round(history.losses[-1][1], 6),
@@ -98,5 +101,24 @@ def _at_least(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def transfers(trainer: Trainer) -> list[Transfer]:
-    return []
+def plan_transfers(layout: VlmLayout, trainer: Trainer) -> list[Transfer]:
+    """The forward messages of a microbatch whose samples are equal, as the bridges plan them.
+
+    Asked before the first microbatch: afterwards a rank's plan has that microbatch's rows, of its own lane alone.
+    """
+    transfers = []
+    for edge in trainer.communicator.bridge_comms:
+        sends, copies = [], []
+        for rank in range(layout.world_size):
+            messages = edge.bridge.plan.for_rank(rank)
+            sends += messages["sends"]
+            copies += messages["lane_sends"]
+        volumes = [math.prod(size for _, size in message["send_box"]) for message in sends]
+        for message, volume in zip(sends, volumes, strict=True):
+            transfers.append(Transfer(message["sender"], message["receiver"], volume / sum(volumes)))
+        transfers += sorted({Transfer(m["sender"], m["receiver"], copy=True) for m in copies}, key=repr)
+    for module in layout.modules.values():  # between pipeline stages: to the same coordinate
+        per_stage = module.tp * module.dp
+        stages = [rank for rank in module.ranks if module.stage(rank) < module.pp - 1]
+        transfers += [Transfer(rank, rank + per_stage) for rank in stages]
+    return transfers

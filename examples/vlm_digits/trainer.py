@@ -17,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from megatron.core.utils import get_model_config
+
 from mimo_ext.megatron import cpu
 from mimo_ext.megatron.communicator import MultiModulePipelineCommunicator
 from mimo_ext.megatron.config import MimoParallelismConfig, ModuleParallelismConfig
