@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+ECHO_SECONDS = 2.0  # how much later a rank reports that a peer went away, to let that peer report first
 ERROR_FOLDER = "VLM_DIGITS_ERROR_FOLDER"  # where a failing rank leaves its error for the launcher
 
 
@@ -83,6 +84,12 @@ def _first_failure(error: object, folder: Path) -> tuple[int, int, str]:
     return rank, failure.exitcode, f"exit code {failure.exitcode}; no report"
 
 
+def _is_echo(error: Exception) -> bool:
+    """Whether the error says that a peer went away: then the peer's own error is the one to show."""
+    lost = any(words in str(error) for words in ("gloo", "peer", "Connection"))
+    return type(error).__name__ in ("BridgeError", "BridgeTimeoutError") or (isinstance(error, RuntimeError) and lost)
+
+
 def run_rank(main: Callable[[], None]) -> int:
     """Run `main` as one rank: Ctrl-C ends it without a traceback, an error is reported at once and ends the process.
 
@@ -91,7 +98,9 @@ def run_rank(main: Callable[[], None]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         main()
-    except Exception:
+    except Exception as error:
+        if _is_echo(error):
+            time.sleep(ECHO_SECONDS)
         rank = int(os.environ.get("RANK", "0"))
         text = traceback.format_exc()
         folder = os.environ.get(ERROR_FOLDER)
@@ -101,6 +110,9 @@ def run_rank(main: Callable[[], None]) -> int:
             partial.write_text(json.dumps(report))
             partial.rename(partial.with_suffix(".json"))
         else:
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            get_error_handler().record_exception(error)  # torchrun shows it at the end
             print(f"rank {rank} failed:\n{text}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()

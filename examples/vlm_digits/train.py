@@ -15,6 +15,7 @@ import argparse
 import math
 import os
 import sys
+import time
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: make the package of the files beside it importable
@@ -75,7 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
         if is_rank:
             check_world(layout, int(os.environ["WORLD_SIZE"]))
     except LayoutError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if is_rank and os.environ["RANK"] != "0":
+            time.sleep(3)  # torchrun ends all ranks as soon as one does: rank 0 speaks first
+        else:
             print(f"this cannot work (--layout '{options.layout}'): {error}", file=sys.stderr)
         return 2
     quiet()

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -43,7 +43,7 @@ if __name__ == "__main__":
 class Run:
     """A run of PROGRAM in a session of its own, as under a terminal."""
 
-    def __init__(self, folder: Path, fails: bool) -> None:
+    def __init__(self, folder: Path, fails: bool, options: Sequence[str] = ()) -> None:
         self.folder = folder
         program = folder / "program.py"
         program.write_text(PROGRAM.format(examples=str(ROOT / "examples"), folder=str(folder), fails=fails))
@@ -51,7 +51,7 @@ class Run:
         hidden = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, str(program)],
+                [sys.executable, *options, str(program)],
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 start_new_session=True,
@@ -100,6 +100,18 @@ def test_error_of_the_failing_rank_is_last(tmp_path: Path, runs: list[Run]) -> N
     assert code == 1
     assert lines[-1] == "ValueError: the weights of rank 2 are gone"
     assert any(line.startswith("rank 2 failed, so the run has ended:") for line in lines)
+    assert not any(is_running(pid) for pid in pids)
+
+
+def test_error_is_last_under_torchrun_too(tmp_path: Path, runs: list[Run]) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    runs.append(run := Run(tmp_path, fails=True, options=torchrun))
+    pids = run.wait_for_ranks()
+    code, lines = run.end()
+    assert code == 1
+    summary = "\n".join(lines[lines.index(next(line for line in lines if "Root Cause" in line)) :])
+    assert "rank      : 2 " in summary
+    assert "ValueError: the weights of rank 2 are gone" in summary
     assert not any(is_running(pid) for pid in pids)
 
 
