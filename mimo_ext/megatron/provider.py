@@ -35,6 +35,10 @@ from mimo_ext.megatron.builder import (
     populate_embedding_and_position_groups,
 )
 from mimo_ext.megatron.config import MimoParallelismConfig
+from mimo_ext.megatron.ddp import (
+    # The released face looks this one up here.
+    wrap_megatron_mimo_model_distributed as wrap_megatron_mimo_model_distributed,
+)
 from mimo_ext.megatron.ddp import wrap_mimo_model_distributed
 from mimo_ext.megatron.model import MimoModel
 from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY
