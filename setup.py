@@ -106,9 +106,10 @@ setup(
             + ([("MIMO_EXT_WITH_CUDA", "1")] if USE_CUDA else []),
             # c++20 is given explicitly: torch 2.11 would append c++17.
             extra_compile_args={
-                "cxx": ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", *WARNINGS, *WERROR, *SYSTEM]
+                "cxx": ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fopenmp", *WARNINGS, *WERROR, *SYSTEM]
             },
-            extra_link_args=[f"-L{CUDA / 'lib64'}", "-lcudart"] if USE_CUDA and CUDA else [],
+            # Without -fopenmp at::parallel_for is serial in our sources; torch has the same libgomp loaded.
+            extra_link_args=["-fopenmp", *([f"-L{CUDA / 'lib64'}", "-lcudart"] if USE_CUDA and CUDA else [])],
         )
     ],
     cmdclass={"build_ext": Build},
