@@ -136,14 +136,12 @@ def _groups_of_one_pipeline(pp_group: Any) -> tuple[dist.ProcessGroup | None, di
     if isinstance(pp_group, dist.ProcessGroup):
         _check_equal_group_counts(pp_group)
     rank = dist.get_rank()
-    position_ranks, embedding_ranks = _embedding_ranks(dist.get_process_group_ranks(pp_group))
-    # A stage that is not in a group makes one of its own in its place, so that the counts stay equal.
-    groups = []
-    for ranks in (embedding_ranks, position_ranks):
-        mine = ranks if rank in ranks else [rank]
-        group = dist.new_group(ranks=mine, use_local_synchronization=True)
+    groups: list[dist.ProcessGroup | None] = []
+    for ranks in _embedding_ranks(dist.get_process_group_ranks(pp_group)):
+        # A stage that is not in a group makes one of its own in its place, so that the counts stay equal.
+        group = dist.new_group(ranks=ranks if rank in ranks else [rank], use_local_synchronization=True)
         groups.append(group if rank in ranks else None)
-    return groups[1], groups[0]
+    return groups[0], groups[1]
 
 
 def _check_equal_group_counts(pp_group: dist.ProcessGroup) -> None:
