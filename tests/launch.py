@@ -111,7 +111,8 @@ def _collect(
             assert isinstance(pipe, multiprocessing.connection.Connection)
             rank = pipes.pop(pipe)
             try:
-                ok, value = pipe.recv()
+                # By value: shared tensors would die with the rank that made them.
+                ok, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 ranks[rank].join(GRACE_S)
                 ok, value = False, f"the process ended with exit code {ranks[rank].exitcode} and no result"
@@ -165,9 +166,9 @@ def _rank_main(
         except BaseException:
             result = (False, traceback.format_exc())
         try:
-            pipe.send(result)
+            pipe.send_bytes(pickle.dumps(result))
         except Exception:
-            pipe.send((False, traceback.format_exc()))
+            pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
         pipe.close()
         if result[0] and dist.is_initialized():
             dist.destroy_process_group()
