@@ -7,11 +7,13 @@ step.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -129,11 +131,11 @@ def _start(rank: Any, ranks: int, arguments: tuple[Any, ...], timeout: float) ->
     """Run ``rank(index, ranks, folder, ...)`` in processes that have everything imported already."""
     # The fork server of Python 3.11 looks for the modules that it preloads only where PYTHONPATH says.
     path = os.pathsep.join(filter(None, sys.path))
-    os.environ.update(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1", PYTHONPATH=path)
     multiprocessing.get_context("forkserver").set_forkserver_preload(["vlm_digits.preload"])
-    context = torch.multiprocessing.start_processes(
-        rank, (ranks, *arguments), nprocs=ranks, join=False, start_method="forkserver"
-    )
+    with _environment(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1", PYTHONPATH=path):
+        context = torch.multiprocessing.start_processes(
+            rank, (ranks, *arguments), nprocs=ranks, join=False, start_method="forkserver"
+        )
     deadline = time.monotonic() + timeout
     try:
         while not context.join(timeout=1.0):
@@ -144,6 +146,21 @@ def _start(rank: Any, ranks: int, arguments: tuple[Any, ...], timeout: float) ->
             if process.is_alive():
                 process.kill()
             process.join()
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Set environment variables for the processes started inside."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _reference_rank(rank: int, ranks: int, folder: str, seed: int, steps: int) -> None:

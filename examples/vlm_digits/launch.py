@@ -28,6 +28,11 @@ def quiet() -> None:
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
+def hide_gpus() -> None:
+    """Make this process and those it starts run on the CPU, also where there are GPUs: they are more ranks than GPUs."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def start_ranks(program: Path, arguments: Sequence[str], ranks: int) -> int:
     """Run `program` on `ranks` ranks of this machine, as torchrun does, and return the exit code for the shell.
 
@@ -39,7 +44,9 @@ def start_ranks(program: Path, arguments: Sequence[str], ranks: int) -> int:
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # it says in its own words what we say below
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

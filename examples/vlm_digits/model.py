@@ -79,6 +79,7 @@ def transformer_config(hidden_size: int, tp: int = 1, pp: int = 1, **overrides: 
         num_attention_heads=HEADS,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        init_method_std=0.06,  # Megatron's default is for hidden sizes of thousands
         use_cpu_initialization=True,  # every rank draws the whole weight and keeps its part: the same for every tp
         params_dtype=torch.float32,
         pipeline_dtype=torch.float32,

@@ -38,7 +38,7 @@ class Progress:
         if enabled:
             from tqdm import tqdm
 
-            layout = "{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            layout = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
             self.bar = tqdm(total=steps, desc="training", file=sys.stderr, bar_format=layout, mininterval=0.5)
 
     def advance(self, history: History) -> None:

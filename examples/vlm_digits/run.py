@@ -31,10 +31,8 @@ def train_rank(layout: VlmLayout, recipe: Recipe, picture: Path, timeout: float)
     check_world(layout, int(os.environ["WORLD_SIZE"]))
     with cpu():
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-        try:
-            _train(layout, recipe, picture, timedelta(seconds=timeout))
-        finally:
-            dist.destroy_process_group()
+        _train(layout, recipe, picture, timedelta(seconds=timeout))
+        dist.destroy_process_group()
 
 
 def _train(layout: VlmLayout, recipe: Recipe, picture: Path, timeout: timedelta) -> None:
@@ -61,6 +59,7 @@ def _train(layout: VlmLayout, recipe: Recipe, picture: Path, timeout: timedelta)
             progress.advance(history)
     seconds = time.monotonic() - started
     reading, shown = _final_reading(trainer, _at_least(TEST_NUMBERS, recipe.batch))
+    history.accuracies = [point for point in history.accuracies if point[0] < recipe.steps]
     history.accuracies.append((recipe.steps, reading.accuracy))
     if reports:
         draw(picture, layout, transfers, history, shown, reading.texts, reading.numbers)

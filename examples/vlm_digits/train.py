@@ -18,10 +18,11 @@ import sys
 import time
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: make the package of the files beside it importable
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __package__ in (None, ""):  # run as a file: the files beside it are a package, not modules of their own
+    _here = Path(__file__).resolve().parent
+    sys.path[:] = [str(_here.parent), *(path for path in sys.path if Path(path).resolve() != _here)]
 
-from vlm_digits.launch import quiet, run_rank, start_ranks
+from vlm_digits.launch import hide_gpus, quiet, run_rank, start_ranks
 from vlm_digits.layout import DEFAULT_LAYOUT, LayoutError, VlmLayout, check_batch, check_world, parse_layout
 
 USUAL_BATCH = 32
@@ -43,9 +44,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"numbers per step in all (default: {USUAL_BATCH}, or the next that splits evenly)",
     )
     parser.add_argument("--microbatches", type=int, default=2, help="parts of a batch (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="highest learning rate (default: %(default)s)")
     parser.add_argument(
-        "--picture", type=Path, default=Path("vlm_digits.png"), help="PNG to draw (default: %(default)s)"
+        "--picture", type=Path, default=Path("out/vlm_digits.png"), help="PNG to draw (default: %(default)s)"
     )
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for a peer (default: %(default)s)")
     parser.add_argument(
@@ -82,10 +83,15 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"this cannot work (--layout '{options.layout}'): {error}", file=sys.stderr)
         return 2
     quiet()
+    hide_gpus()
     if options.check:
         from vlm_digits.check import check_layouts
 
-        return check_layouts(seed=options.seed)
+        try:
+            return check_layouts(seed=options.seed)
+        except KeyboardInterrupt:
+            print("\nstopped by SIGINT; all ranks have ended", file=sys.stderr)
+            return 130
     if not is_rank:
         return start_ranks(Path(__file__).resolve(), arguments, layout.world_size)
 

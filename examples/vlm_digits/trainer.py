@@ -43,7 +43,7 @@ class Recipe:
     steps: int = 800
     batch: int = 32
     microbatches: int = 2
-    lr: float = 3e-3
+    lr: float = 1.5e-3
     warmup: int = 100
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
