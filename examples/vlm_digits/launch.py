@@ -29,7 +29,7 @@ def quiet() -> None:
 
 
 def hide_gpus() -> None:
-    """Make this process and those it starts run on the CPU, also where there are GPUs: they are more ranks than GPUs."""
+    """Let this process and those it starts run on the CPU also where there are GPUs, which may be fewer than ranks."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

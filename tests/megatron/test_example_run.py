@@ -62,11 +62,13 @@ def test_torchrun_with_a_wrong_number_of_ranks_is_refused(tmp_path: Path) -> Non
 
 def _read(rank: int, world_size: int) -> tuple[list[str], list[str], float, float]:
     from vlm_digits.data import TEST, Numbers
+    from vlm_digits.launch import hide_gpus
     from vlm_digits.layout import parse_layout
     from vlm_digits.trainer import Recipe, Trainer
 
     from mimo_ext.megatron import cpu
 
+    hide_gpus()
     with cpu():
         numbers = Numbers(seed=2)
         trainer = Trainer(parse_layout("images: dp=2; language: tp=2"), numbers, Recipe(seed=2, warmup=20, steps=200))
