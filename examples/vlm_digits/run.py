@@ -85,7 +85,8 @@ def _train(layout: VlmLayout, recipe: Recipe, picture: Path, timeout: timedelta)
 def _final_reading(trainer: Trainer, count: int) -> tuple[Reading, list[torch.Tensor]]:
     """Let the model write `count` held-out numbers; also returns the images of the first few, ``[8, 8 n]`` each."""
     size = trainer.recipe.batch
-    total, shown = Reading(), []
+    total = Reading()
+    shown: list[torch.Tensor] = []
     for index in range(count // size):
         batch = trainer.numbers.batch(TEST, 1 + index, size)
         reading = trainer.read(batch)

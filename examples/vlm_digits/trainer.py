@@ -31,7 +31,7 @@ from mimo_ext.megatron.parallel_utils import (
 from mimo_ext.megatron.provider import MimoModelProvider
 
 from .data import MAX_DIGITS, PAD, SEQUENCE_LENGTH, TOKENS_PER_IMAGE, TRAIN, NumberBatch, Numbers, as_text
-from .layout import VlmLayout
+from .layout import VlmLayout, check_batch
 from .model import ENCODER, IMAGES, LANGUAGE, SPECIAL_TOKEN_IDS, language_spec, vision_spec
 
 
@@ -165,18 +165,18 @@ class Trainer:
         dist.all_reduce(sums)
         return float(sums[0] / sums[1])
 
-    def exact(self, batch: NumberBatch, microbatches: int = 2) -> float:
+    def exact(self, batch: NumberBatch) -> float:
         """Share of the numbers of `batch` that the model would write without an error. Collective.
 
         One forward pass with the true digits as input is enough. The model is causal, so as long as everything written
         so far is right, writing on greedily feeds it just these inputs: by induction over the tokens, the greedy answer
         is right as a whole if and only if every single answer token of this pass is.
         """
-        chosen = self._chosen(batch, microbatches)
+        chosen = self._chosen(batch)
         right = ((chosen == batch.labels) | (batch.loss_mask == 0)).all(dim=1)
         return float(right.float().mean())
 
-    def read(self, batch: NumberBatch, microbatches: int = 2) -> Reading:
+    def read(self, batch: NumberBatch) -> Reading:
         """Let the model write greedily, token by token, what it sees in `batch`. Collective."""
         batch = batch.samples(0, len(batch))
         rows = torch.arange(len(batch))
@@ -186,7 +186,7 @@ class Trainer:
         tokens = []
         for position in range(MAX_DIGITS + 1):
             at = (start + position).clamp(max=SEQUENCE_LENGTH - 1)
-            tokens.append(self._chosen(batch, microbatches)[rows, at])
+            tokens.append(self._chosen(batch)[rows, at])
             follows = start + position + 1
             fits = follows < SEQUENCE_LENGTH
             batch.input_ids[rows[fits], follows[fits]] = tokens[-1][fits]
@@ -196,11 +196,10 @@ class Trainer:
         """Close the bridges; collective."""
         self.communicator.close()
 
-    def _chosen(self, batch: NumberBatch, microbatches: int) -> torch.Tensor:
+    def _chosen(self, batch: NumberBatch) -> torch.Tensor:
         """Likeliest token at every position of every sample, int64 ``[B, S]``, on every rank."""
-        check = len(batch) % microbatches
-        if check or any((len(batch) // microbatches) % module.dp for module in self.layout.modules.values()):
-            raise ValueError(f"{len(batch)} samples do not split into {microbatches} microbatches over {self.layout}")
+        microbatches = self.recipe.microbatches
+        check_batch(self.layout, len(batch), microbatches)
         chosen = torch.zeros(microbatches, len(batch) // microbatches, SEQUENCE_LENGTH, dtype=torch.int64)
         with torch.no_grad():
             found = self._run(batch, microbatches, self._likeliest, forward_only=True)
