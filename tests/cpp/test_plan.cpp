@@ -1,0 +1,208 @@
+#include <gtest/gtest.h>
+
+#include <set>
+#include <stdexcept>
+
+#include "core/plan.h"
+
+namespace mimo_ext::core {
+namespace {
+
+Boundary side(const char* name, std::vector<std::vector<int>> lanes, int tp, int cp = 1) {
+  return {name, tp, cp, CpPlacement::kReplicated, false, std::move(lanes)};
+}
+
+Microbatch flat(std::int64_t samples, std::int64_t rows_per_sample, std::int64_t hidden) {
+  Microbatch microbatch;
+  microbatch.samples = samples;
+  microbatch.rows_per_sample = rows_per_sample;
+  microbatch.shape = {1, hidden, 1};
+  return microbatch;
+}
+
+Microbatch ragged(std::vector<std::int64_t> rows, std::int64_t hidden) {
+  Microbatch microbatch = flat(static_cast<std::int64_t>(rows.size()), 1, hidden);
+  microbatch.rows = std::move(rows);
+  return microbatch;
+}
+
+const Boundary kTwoLanes = side("images", {{0}, {1}}, 1);
+const Boundary kOneLane = side("language", {{2, 3}}, 2);
+
+TEST(Box, Intersection) {
+  const Box a{{0, 0, 0}, {4, 4, 1}};
+  const Box b{{2, 3, 0}, {4, 4, 1}};
+  EXPECT_EQ(intersect(a, b), (Box{{2, 3, 0}, {2, 1, 1}}));
+  EXPECT_EQ(intersect(a, Box{{4, 0, 0}, {1, 4, 1}}).volume(), 0);
+}
+
+TEST(Cut, TakesTheOutermostAxisThatDividesEvenly) {
+  const auto rows = cut(Box{{10, 0, 0}, {6, 8, 1}}, 3);
+  ASSERT_EQ(rows.size(), 3U);
+  EXPECT_EQ(rows[1], (Box{{12, 0, 0}, {2, 8, 1}}));
+  const auto columns = cut(Box{{0, 0, 0}, {5, 8, 1}}, 4);  // 5 rows do not divide, 8 columns do
+  EXPECT_EQ(columns[3], (Box{{0, 6, 0}, {5, 2, 1}}));
+  const auto many = cut(Box{{0, 0, 0}, {33, 8, 1}}, 4);  // nearly even, and contiguous
+  EXPECT_EQ(many[0].size[0] + many[1].size[0] + many[2].size[0] + many[3].size[0], 33);
+  const auto longest = cut(Box{{0, 0, 0}, {1, 3, 1}}, 2);
+  EXPECT_EQ(longest[0].size[1] + longest[1].size[1], 3);
+}
+
+TEST(Plan, FanIn) {
+  const Plan plan(kTwoLanes, kOneLane, flat(4, 2, 8), Direction::kForward);
+  EXPECT_EQ(plan.receiver_shape(0, 0), (std::array<std::int64_t, 3>{8, 8, 1}));
+  EXPECT_EQ(plan.sender_shape(1, 0), (std::array<std::int64_t, 3>{4, 8, 1}));
+  const RankPlan sender = plan.for_rank(1);
+  ASSERT_EQ(sender.sends.size(), 2U);
+  EXPECT_EQ(sender.sends[0].receiver, 2);
+  EXPECT_EQ(sender.sends[0].send_box, (Box{{0, 0, 0}, {2, 8, 1}}));
+  EXPECT_EQ(sender.sends[0].recv_box, (Box{{4, 0, 0}, {2, 8, 1}}));
+  EXPECT_EQ(sender.sends[1].receiver, 3);
+  const RankPlan receiver = plan.for_rank(3);
+  ASSERT_EQ(receiver.receives.size(), 2U);
+  EXPECT_EQ(receiver.receives[1], sender.sends[1]);
+  ASSERT_EQ(receiver.lane_sends.size(), 2U);
+  EXPECT_EQ(receiver.lane_sends[0].receiver, 2);
+  EXPECT_EQ(receiver.lane_receives.size(), 2U);
+  EXPECT_TRUE(plan.for_rank(7).sends.empty());
+}
+
+TEST(Plan, RaggedRowsFollowTheSamples) {
+  const Plan plan(side("images", {{0, 1}}, 2), side("language", {{2}, {3}}, 1), ragged({3, 0, 5, 2}, 4),
+                  Direction::kForward);
+  EXPECT_EQ(plan.receiver_shape(0, 0)[0], 3);
+  EXPECT_EQ(plan.receiver_shape(1, 0)[0], 7);
+  std::int64_t elements = 0;
+  for (const Message& message : plan.for_rank(3).receives) elements += message.recv_box.volume();
+  EXPECT_EQ(elements, 7 * 4);
+}
+
+TEST(Plan, ASenderNeedsItsOwnRowsOnly) {
+  const Boundary three = side("images", {{0}, {1}, {2}}, 1);
+  const Boundary two = side("language", {{3, 4}, {5, 6}}, 2);
+  const Plan all(three, two, ragged({3, 1, 4, 1, 5, 9}, 4), Direction::kForward);
+  const Plan own(three, two, ragged({kUnknownRows, kUnknownRows, 4, 1, kUnknownRows, kUnknownRows}, 4),
+                 Direction::kForward);
+  const auto expected = all.for_rank(1).sends;
+  const auto got = own.for_rank(1).sends;
+  ASSERT_EQ(got.size(), expected.size());
+  for (std::size_t index = 0; index < got.size(); ++index) {
+    EXPECT_EQ(got[index].receiver, expected[index].receiver);
+    EXPECT_EQ(got[index].send_box, expected[index].send_box);
+  }
+  EXPECT_THROW(own.receiver_shape(0, 0), std::invalid_argument);
+}
+
+TEST(Plan, CpCopiesOfTheDestinationEachContribute) {
+  const Boundary copies = side("language", {{2, 3, 4, 5}}, 2, 2);
+  const Plan backward(kTwoLanes, copies, flat(2, 4, 8), Direction::kBackward);
+  const RankPlan source = backward.for_rank(0);
+  std::int64_t elements[2] = {0, 0};
+  for (const Message& message : source.receives) elements[message.contribution] += message.recv_box.volume();
+  EXPECT_EQ(elements[0], 4 * 8);  // one copy of the gradient from each cp coordinate
+  EXPECT_EQ(elements[1], 4 * 8);
+  for (const Message& message : backward.reversed().for_rank(2).receives) EXPECT_EQ(message.contribution, 0);
+}
+
+TEST(Plan, ReversalIsAnInvolution) {
+  const Plan plan(kTwoLanes, kOneLane, ragged({3, 1, 4, 1}, 4), Direction::kForward);
+  EXPECT_EQ(plan.reversed().reversed(), plan);
+  EXPECT_EQ(plan.reversed().sender(), plan.receiver());
+  EXPECT_FALSE(plan.reversed() == plan);
+}
+
+TEST(Plan, HashTellsPlansApart) {
+  std::set<std::uint64_t> hashes;
+  std::size_t count = 0;
+  for (const auto direction : {Direction::kForward, Direction::kBackward}) {
+    for (const auto& microbatch : {flat(4, 2, 8), flat(8, 1, 8), flat(4, 2, 9), ragged({2, 2, 2, 2}, 8)}) {
+      hashes.insert(Plan(kTwoLanes, kOneLane, microbatch, direction).hash());
+      hashes.insert(Plan(kOneLane, kTwoLanes, microbatch, direction).hash());
+      count += 2;
+    }
+  }
+  EXPECT_EQ(hashes.size(), count);
+  // The same on every machine: a changed value breaks the agreement between versions on purpose.
+  EXPECT_EQ(hash_of(kTwoLanes, kOneLane), hash_of(kTwoLanes, kOneLane));
+  EXPECT_NE(hash_of(kTwoLanes, kOneLane), hash_of(kOneLane, kTwoLanes));
+}
+
+TEST(Plan, LanesMet) {
+  EXPECT_EQ(Plan::lanes_met(1, 3, 2), (std::pair{0, 2}));
+  EXPECT_EQ(Plan::lanes_met(2, 3, 2), (std::pair{1, 2}));
+  EXPECT_EQ(Plan::lanes_met(3, 4, 8), (std::pair{6, 8}));
+}
+
+TEST(Plan, MessagesGrowWithTheLaneNotWithTheWorld) {
+  std::vector<std::vector<int>> sources;
+  std::vector<std::vector<int>> destinations;
+  for (int lane = 0; lane < 8192; ++lane) {
+    sources.emplace_back();
+    for (int tp = 0; tp < 8; ++tp) sources.back().push_back(lane * 8 + tp);
+  }
+  for (int lane = 0; lane < 2048; ++lane) {
+    destinations.emplace_back();
+    for (int member = 0; member < 32; ++member) destinations.back().push_back(65536 + lane * 32 + member);
+  }
+  const Plan plan(side("images", sources, 8), side("language", destinations, 8, 4), flat(8192, 256, 64),
+                  Direction::kForward);
+  EXPECT_EQ(plan.for_rank(65535).sends.size(), 4U);
+  EXPECT_EQ(plan.for_rank(131071).receives.size(), 4U);
+  EXPECT_EQ(plan.for_rank(131071).lane_receives.size(), 4U * 31U);
+}
+
+TEST(Plan, RefusesWhatDoesNotFit) {
+  const auto error = [](Microbatch microbatch, const Boundary& source = kTwoLanes) -> std::string {
+    try {
+      const Plan plan(source, kOneLane, std::move(microbatch), Direction::kForward);
+      plan.for_rank(0);
+    } catch (const std::invalid_argument& problem) {
+      return problem.what();
+    }
+    return "no error";
+  };
+  Microbatch bad = flat(4, 2, 8);
+  bad.ndim = 4;
+  EXPECT_NE(error(bad).find("expected 2 or 3 axes, got 4"), std::string::npos);
+  bad = flat(4, 2, 8);
+  bad.batch_dim = 1;
+  EXPECT_NE(error(bad).find("2-D tensors are [rows, h]"), std::string::npos);
+  bad = flat(-1, 2, 8);
+  EXPECT_NE(error(bad).find("samples >= 0, got -1"), std::string::npos);
+  bad = flat(4, 2, -8);
+  EXPECT_NE(error(bad).find("extent of axis 1 is -8"), std::string::npos);
+  bad = ragged({1, 2}, 8);
+  bad.samples = 3;
+  EXPECT_NE(error(bad).find("expected 3 row counts, got 2"), std::string::npos);
+  bad = ragged({1, -2}, 8);
+  EXPECT_NE(error(bad).find("a sample has -2 rows"), std::string::npos);
+  EXPECT_NE(error(flat(4, 2, 8), side("images", {}, 1)).find("source of the bridge ('images') has no ranks"),
+            std::string::npos);
+}
+
+TEST(Plan, RaggedShardsAtTheDestinationAreRefusedByName) {
+  Boundary sharded = kOneLane;
+  sharded.sequence_parallel = true;
+  const Plan plan(kTwoLanes, sharded, ragged({3, kUnknownRows}, 4), Direction::kForward);
+  try {
+    plan.for_rank(0, true, false);
+    FAIL() << "expected an error";
+  } catch (const std::invalid_argument& error) {
+    EXPECT_NE(std::string(error.what()).find("module 'language' holds 2-D tensors sharded along their rows"),
+              std::string::npos);
+  }
+}
+
+TEST(PlanText, IsATableThatPeopleCanRead) {
+  const Plan plan(kTwoLanes, kOneLane, flat(4, 2, 8), Direction::kForward);
+  const std::string text = plan.to_string(64);
+  EXPECT_NE(text.find("Plan forward: images -> language"), std::string::npos);
+  EXPECT_NE(text.find("sender   tp=1 cp=1, 2 lanes: [0] [1]"), std::string::npos);
+  EXPECT_NE(text.find("[0:2, 0:8] -> [4:6, 0:8]"), std::string::npos);
+  const std::string first_lines = plan.to_string(2);
+  EXPECT_NE(first_lines.find("more messages are not shown"), std::string::npos);
+  EXPECT_LT(first_lines.size(), text.size());
+}
+
+}  // namespace
+}  // namespace mimo_ext::core
