@@ -19,6 +19,7 @@ EXAMPLE := examples/vlm_digits/train.py
 SOURCES := $(shell find csrc mimo_ext -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.py' -o -name '*.pyi')
 CXX_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
+export CXX
 export MAX_JOBS
 export OMP_NUM_THREADS ?= 1
 

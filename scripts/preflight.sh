@@ -8,8 +8,9 @@ lack() {
 
 if ! command -v "$PYTHON" >/dev/null 2>&1; then
     lack "Python 3.11 or later ('$PYTHON' is not on the PATH; name another with: make PYTHON=python3.12 ...)"
-elif ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    lack "Python 3.11 or later ('$PYTHON' is $("$PYTHON" -c 'import platform; print(platform.python_version())'); name another with: make PYTHON=python3.12 ...)"
+elif ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    version=$("$PYTHON" -c 'import platform; print(platform.python_version())' 2>/dev/null || echo "not working")
+    lack "Python 3.11 or later ('$PYTHON' is $version; name another with: make PYTHON=python3.12 ...)"
 elif ! "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null; then
     lack "Python's venv module (Debian: apt-get install python3-venv)"
 elif ! "$PYTHON" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))'; then
