@@ -102,6 +102,7 @@ class Bridge:
             )
         if not dist.is_initialized():
             raise RuntimeError(f"bridge '{self.name}': torch.distributed is not initialized")
+        _require_cpu_backend(self.name, dist.group.WORLD if group is None else group)
         self.rank = dist.get_rank()
         self.batch_dim, self.seq_dim = _axes(self.name, ndim, batch_dim, seq_dim)
         if max_in_flight < 1:
@@ -344,6 +345,17 @@ class Bridge:
 
     def __repr__(self) -> str:
         return f"Bridge({self.name}: {self._source} | {self._destination}; ndim={self.ndim}, {self.dtype})"
+
+
+def _require_cpu_backend(name: str, group: Any) -> None:
+    """The ranks agree over CPU tensors before the bridge makes its own group."""
+    try:
+        group._get_backend(torch.device("cpu"))
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"bridge '{name}': expected a process group that takes CPU tensors, got one without ({error}); "
+            'use init_process_group("cpu:gloo,cuda:nccl")'
+        ) from error
 
 
 def _axes(name: str, ndim: int, batch_dim: int, seq_dim: int | None) -> tuple[int, int]:
