@@ -9,7 +9,7 @@ from mimo_ext.bridge import _require_cpu_backend
 
 def test_needs_torch_distributed():
     assert not dist.is_initialized()
-    with pytest.raises(RuntimeError, match="bridge 'images -> language': torch.distributed is not initialized"):
+    with pytest.raises(RuntimeError, match=r"torch.distributed is not initialized$"):
         mimo_ext.Bridge(mimo_ext.Layout([0], name="images"), mimo_ext.Layout([1], name="language"))
 
 
@@ -18,7 +18,7 @@ def test_a_group_without_cpu_tensors_is_refused():
         def _get_backend(self, device):
             raise RuntimeError(f"No backend type associated with device type {device}")
 
-    with pytest.raises(RuntimeError, match="expected a process group that takes CPU tensors .*cpu:gloo,cuda:nccl"):
+    with pytest.raises(RuntimeError, match=r"expected a process group that takes CPU tensors.*cpu:gloo,cuda:nccl"):
         _require_cpu_backend("images -> language", NcclOnly())
 
 
