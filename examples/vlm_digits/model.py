@@ -19,11 +19,11 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from .data import IMAGE, IMAGE_SIZE, PATCH_SIZE, SEQUENCE_LENGTH, TOKENS_PER_IMAGE, VOCAB_SIZE
+from .layout import HEADS, LAYERS
 
 IMAGES, LANGUAGE = "images", "language"
 ENCODER = "vit"
 VISION_HIDDEN, LANGUAGE_HIDDEN = 64, 96
-HEADS, LAYERS = 4, 2
 SPECIAL_TOKEN_IDS = {IMAGES: IMAGE}
 
 
