@@ -1,6 +1,7 @@
 #include "core/plan.h"
 
 #include <algorithm>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 
@@ -144,7 +145,12 @@ class Fnv {
       hash_ = (hash_ ^ ((static_cast<std::uint64_t>(value) >> (8 * byte)) & 0xffU)) * 0x100000001b3ULL;
     }
   }
+  void add(const std::string& text) {
+    add(static_cast<std::int64_t>(text.size()));
+    for (const char letter : text) add(static_cast<std::int64_t>(letter));
+  }
   void add(const Boundary& boundary) {
+    add(boundary.module);
     add(boundary.tp);
     add(boundary.cp);
     add(static_cast<std::int64_t>(boundary.cp_placement));
@@ -181,20 +187,30 @@ Box intersect(const Box& a, const Box& b) {
 
 std::vector<Box> cut(const Box& box, int parts) {
   constexpr std::int64_t kEvenEnough = 8;  // parts of at least this many units differ by at most one in eight
-  std::size_t axis = kMaxDims;
-  for (std::size_t candidate = 0; candidate < kMaxDims && axis == kMaxDims; ++candidate) {
-    const std::int64_t size = box.size[candidate];
-    if (size > 0 && (size % parts == 0 || size >= kEvenEnough * parts)) axis = candidate;
+  std::vector<Box> boxes{box};
+  const auto split = [&boxes](std::size_t axis, int pieces) {
+    std::vector<Box> finer;
+    finer.reserve(boxes.size() * static_cast<std::size_t>(pieces));
+    for (const Box& whole : boxes) {
+      for (int piece = 0; piece < pieces; ++piece) {
+        const std::int64_t from = whole.size[axis] * piece / pieces;
+        Box& part = finer.emplace_back(whole);
+        part.start[axis] += from;
+        part.size[axis] = whole.size[axis] * (piece + 1) / pieces - from;
+      }
+    }
+    boxes = std::move(finer);
+  };
+  std::int64_t left = parts;
+  for (std::size_t axis = 0; axis < kMaxDims && left > 1; ++axis) {
+    const std::int64_t size = box.size[axis];
+    const std::int64_t pieces = size >= kEvenEnough * left ? left : std::gcd(size, left);
+    split(axis, static_cast<int>(pieces));
+    left /= pieces;
   }
-  if (axis == kMaxDims) {
-    axis = static_cast<std::size_t>(std::max_element(box.size.begin(), box.size.end()) - box.size.begin());
-  }
-  std::vector<Box> boxes(static_cast<std::size_t>(parts), box);
-  for (int part = 0; part < parts; ++part) {
-    Box& piece = boxes[static_cast<std::size_t>(part)];
-    const std::int64_t from = box.size[axis] * part / parts;
-    piece.start[axis] = box.start[axis] + from;
-    piece.size[axis] = box.size[axis] * (part + 1) / parts - from;
+  if (left > 1) {
+    const auto& size = boxes.front().size;
+    split(static_cast<std::size_t>(std::max_element(size.begin(), size.end()) - size.begin()), static_cast<int>(left));
   }
   return boxes;
 }
@@ -218,6 +234,11 @@ Plan::Plan(Boundary source, Boundary destination, Microbatch microbatch, Directi
       destination_(std::move(destination)),
       microbatch_(std::move(microbatch)),
       direction_(direction) {
+  // What does not count has one value: plans of the same messages are equal.
+  if (microbatch_.batch_dim >= 0 && microbatch_.batch_dim < kMaxDims) {
+    microbatch_.shape[static_cast<std::size_t>(microbatch_.batch_dim)] = 1;
+  }
+  if (microbatch_.ragged() || microbatch_.ndim == 3) microbatch_.rows_per_sample = 1;
   check_boundary(source_, "source");
   check_boundary(destination_, "destination");
   const Microbatch& m = microbatch_;
@@ -261,6 +282,11 @@ std::pair<int, int> Plan::lanes_met(int lane, int lanes, int other_lanes) {
 }
 
 RankPlan Plan::for_rank(int rank, bool as_sender, bool as_receiver) const {
+  constexpr std::pair kNowhere{-1, -1};
+  return for_places(as_sender ? sender().find(rank) : kNowhere, as_receiver ? receiver().find(rank) : kNowhere);
+}
+
+RankPlan Plan::for_places(std::pair<int, int> as_sender, std::pair<int, int> as_receiver) const {
   RankPlan plan;
   const Boundary& from = sender();
   const Boundary& to = receiver();
@@ -298,12 +324,12 @@ RankPlan Plan::for_rank(int rank, bool as_sender, bool as_receiver) const {
     }
   };
 
-  if (const auto [lane, member] = from.find(rank); as_sender && lane >= 0) {
+  if (const auto [lane, member] = as_sender; lane >= 0) {
     each_overlap(lane, true, [&, me = member](const Overlap& overlap, const auto& sent, const auto& received) {
       transfers(overlap, sent, received, [me](const Piece& s, const Piece&) { return s.member == me; }, plan.sends);
     });
   }
-  if (const auto [lane, member] = to.find(rank); as_receiver && lane >= 0) {
+  if (const auto [lane, member] = as_receiver; lane >= 0) {
     const auto replicas = to.members_of_shard(to.shard_of(member));
     each_overlap(lane, false, [&, me = member](const Overlap& overlap, const auto& sent, const auto& received) {
       transfers(overlap, sent, received, [me](const Piece&, const Piece& r) { return r.member == me; }, plan.receives);
@@ -365,10 +391,11 @@ std::uint64_t Plan::hash() const {
   for (std::int64_t value : {std::int64_t{m.ndim}, std::int64_t{m.batch_dim}, std::int64_t{m.seq_dim}, m.samples}) {
     fnv.add(value);
   }
-  for (int axis = 0; axis < kMaxDims; ++axis)
-    fnv.add(axis == m.batch_dim ? 0 : m.shape[static_cast<std::size_t>(axis)]);
-  fnv.add(m.ragged() ? 0 : m.rows_per_sample);
+  for (std::int64_t extent : m.shape) fnv.add(extent);
+  fnv.add(m.rows_per_sample);
+  fnv.add(static_cast<std::int64_t>(m.rows.size()));
   for (std::int64_t rows : m.rows) fnv.add(rows);
+  fnv.add(m.element_size);
   return fnv.value();
 }
 

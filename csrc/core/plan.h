@@ -35,8 +35,9 @@ struct Box {
 /// The intersection of two boxes; volume 0 where they do not meet.
 Box intersect(const Box& a, const Box& b);
 
-/// Cut `box` into `parts` boxes whose extents along one axis differ by at most one. The axis is the outermost one that
-/// yields equal (or nearly equal) parts, so that a part is contiguous where possible, else the longest.
+/// Cut `box` into `parts` boxes that differ by at most one unit along one axis. Outer axes are cut first, as far as
+/// they yield equal (or, where there are many units, nearly equal) pieces, so that a part is contiguous where possible:
+/// two samples over four parts are half a sample each.
 std::vector<Box> cut(const Box& box, int parts);
 
 /// The global microbatch, all lanes together, as far as it is known here.
@@ -52,7 +53,7 @@ struct Microbatch {
   std::array<std::int64_t, kMaxDims> shape{1, 1, 1};
   std::int64_t rows_per_sample = 1;
   std::vector<std::int64_t> rows;
-  int element_size = 1;  ///< bytes, for the plan's text only: not part of its hash
+  int element_size = 1;  ///< bytes, for the plan's text only
 
   bool ragged() const { return !rows.empty(); }
   /// First sample of lane `lane` of `lanes`: floor(lane * samples / lanes).
@@ -118,7 +119,7 @@ class Plan {
   /// Lanes of the other side that can meet this lane, whatever the number of samples.
   static std::pair<int, int> lanes_met(int lane, int lanes, int other_lanes);
 
-  /// FNV-1a over a canonical form: equal plans have equal hashes on every machine.
+  /// FNV-1a over all that makes plans equal: the same on every machine.
   std::uint64_t hash() const;
   /// A table for people: one line per message of every rank, at most `max_lines` of them.
   std::string to_string(int max_lines) const;
@@ -126,6 +127,9 @@ class Plan {
   bool operator==(const Plan&) const = default;
 
  private:
+  /// Messages of the rank at (lane, member) of the sender and of the receiver; lane -1: not there.
+  RankPlan for_places(std::pair<int, int> as_sender, std::pair<int, int> as_receiver) const;
+
   Boundary source_;
   Boundary destination_;
   Microbatch microbatch_;

@@ -1,8 +1,8 @@
 // Plans in words: for logs, errors and `print(bridge.plan)`.
 #include <algorithm>
 #include <cstdio>
-#include <set>
 #include <sstream>
+#include <stdexcept>
 
 #include "core/plan.h"
 
@@ -37,6 +37,7 @@ std::string bytes_text(double bytes) {
 
 std::string describe(const Boundary& boundary) {
   constexpr int kShown = 4;
+  constexpr std::size_t kRanksShown = 8;
   std::ostringstream out;
   out << "tp=" << boundary.tp << " cp=" << boundary.cp;
   if (boundary.cp > 1) out << " (" << to_string(boundary.cp_placement) << ")";
@@ -49,7 +50,13 @@ std::string describe(const Boundary& boundary) {
     }
     out << " [";
     const auto& ranks = boundary.lanes[static_cast<std::size_t>(lane)];
-    for (std::size_t member = 0; member < ranks.size(); ++member) out << (member ? " " : "") << ranks[member];
+    for (std::size_t member = 0; member < ranks.size(); ++member) {
+      if (member == kRanksShown - 1 && ranks.size() > kRanksShown) {
+        out << " ...";
+        member = ranks.size() - 1;
+      }
+      out << (member ? " " : "") << ranks[member];
+    }
     out << "]";
   }
   return out.str();
@@ -80,10 +87,6 @@ std::string Plan::to_string(int max_lines) const {
   }
   out << ", " << microbatch_.element_size << " bytes per element\n";
 
-  std::set<int> ranks;
-  for (const Boundary* side : {&source_, &destination_}) {
-    for (const auto& lane : side->lanes) ranks.insert(lane.begin(), lane.end());
-  }
   int shown = 0;
   int left_out = 0;
   const auto line = [&](const char* kind, const Message& message, const Box& from, const Box& to) {
@@ -100,17 +103,28 @@ std::string Plan::to_string(int max_lines) const {
     if (message.contribution > 0) out << " (added)";
     out << "\n";
   };
+  // Messages are listed by sender, so that each appears once.
+  int unknown = 0;
   for (const bool copies : {false, true}) {
-    // Sends are listed by sender, so that every message appears once.
-    for (int rank : ranks) {
-      if (shown >= max_lines && left_out > 0) break;
-      const RankPlan mine = for_rank(rank);
-      for (const Message& message : copies ? mine.lane_sends : mine.sends) {
-        line(copies ? "copy" : "send", message, message.send_box, message.recv_box);
+    const Boundary& side = copies ? receiver() : sender();
+    for (int lane = 0; lane < side.num_lanes() && left_out == 0; ++lane) {
+      for (int member = 0; member < side.lane_size(); ++member) {
+        constexpr std::pair kNowhere{-1, -1};
+        RankPlan mine;
+        try {
+          mine = copies ? for_places(kNowhere, {lane, member}) : for_places({lane, member}, kNowhere);
+        } catch (const std::invalid_argument&) {
+          ++unknown;  // a rank knows the row counts of its own samples: the other lanes' messages are theirs to tell
+          continue;
+        }
+        for (const Message& message : copies ? mine.lane_sends : mine.sends) {
+          line(copies ? "copy" : "send", message, message.send_box, message.recv_box);
+        }
       }
     }
   }
   if (left_out > 0) out << "  ... more messages are not shown\n";
+  if (unknown > 0) out << "  ... messages that depend on row counts of other lanes are not known here\n";
   return out.str();
 }
 

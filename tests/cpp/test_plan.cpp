@@ -48,6 +48,64 @@ TEST(Cut, TakesTheOutermostAxisThatDividesEvenly) {
   EXPECT_EQ(longest[0].size[1] + longest[1].size[1], 3);
 }
 
+TEST(Cut, InnerAxesTakeWhatOuterOnesCannot) {
+  // Two samples over four parts are half a sample each: contiguous, where a cut of the last axis would be strided.
+  const auto halves = cut(Box{{4, 0, 0}, {2, 6, 8}}, 4);
+  ASSERT_EQ(halves.size(), 4U);
+  EXPECT_EQ(halves[0], (Box{{4, 0, 0}, {1, 3, 8}}));
+  EXPECT_EQ(halves[1], (Box{{4, 3, 0}, {1, 3, 8}}));
+  EXPECT_EQ(halves[2], (Box{{5, 0, 0}, {1, 3, 8}}));
+  EXPECT_EQ(halves[3], (Box{{5, 3, 0}, {1, 3, 8}}));
+  const auto thirds = cut(Box{{0, 0, 0}, {9, 4, 1}}, 6);  // three threes, each cut in two
+  EXPECT_EQ(thirds[3], (Box{{3, 2, 0}, {3, 2, 1}}));
+}
+
+TEST(Cut, PartsDifferByAtMostOneUnitAndCoverTheBox) {
+  for (std::int64_t a = 1; a < 20; ++a) {
+    for (std::int64_t b = 1; b < 6; ++b) {
+      for (int parts = 1; parts <= 12; ++parts) {
+        const Box whole{{7, 3, 0}, {a, b, 2}};
+        std::int64_t covered = 0;
+        std::set<std::int64_t> sizes[kMaxDims];
+        const auto boxes = cut(whole, parts);
+        ASSERT_EQ(boxes.size(), static_cast<std::size_t>(parts));
+        for (std::size_t index = 0; index < boxes.size(); ++index) {
+          covered += boxes[index].volume();
+          EXPECT_EQ(intersect(whole, boxes[index]).volume(), boxes[index].volume());
+          for (std::size_t axis = 0; axis < kMaxDims; ++axis) sizes[axis].insert(boxes[index].size[axis]);
+          for (std::size_t other = 0; other < index; ++other) {
+            EXPECT_EQ(intersect(boxes[index], boxes[other]).volume(), 0);
+          }
+        }
+        EXPECT_EQ(covered, whole.volume());
+        std::size_t uneven = 0;
+        for (const auto& of_axis : sizes) {
+          EXPECT_LE(*of_axis.rbegin() - *of_axis.begin(), 1);
+          uneven += of_axis.size() - 1;
+        }
+        EXPECT_LE(uneven, 1U) << a << " x " << b << " over " << parts;
+      }
+    }
+  }
+}
+
+TEST(Plan, UnequalTpMeetsInFewContiguousMessages) {
+  // Batch first, four samples, tp 8 -> tp 4: half a sample from each sender, a sample to each receiver.
+  Microbatch microbatch;
+  microbatch.ndim = 3;
+  microbatch.seq_dim = 1;
+  microbatch.samples = 4;
+  microbatch.shape = {1, 576, 64};
+  const Plan plan(side("images", {{0, 1, 2, 3, 4, 5, 6, 7}}, 8), side("language", {{8, 9, 10, 11}}, 4), microbatch,
+                  Direction::kForward);
+  for (int rank = 0; rank < 8; ++rank) {
+    const auto sends = plan.for_rank(rank).sends;
+    ASSERT_EQ(sends.size(), 1U);
+    EXPECT_EQ(sends[0].receiver, 8 + rank / 2);
+    EXPECT_EQ(sends[0].recv_box, (Box{{rank / 2, 288 * (rank % 2), 0}, {1, 288, 64}}));
+  }
+}
+
 TEST(Plan, FanIn) {
   const Plan plan(kTwoLanes, kOneLane, flat(4, 2, 8), Direction::kForward);
   EXPECT_EQ(plan.receiver_shape(0, 0), (std::array<std::int64_t, 3>{8, 8, 1}));
@@ -127,6 +185,19 @@ TEST(Plan, HashTellsPlansApart) {
   EXPECT_NE(hash_of(kTwoLanes, kOneLane), hash_of(kOneLane, kTwoLanes));
 }
 
+TEST(Plan, WhatDoesNotCountChangesNeitherEqualityNorHash) {
+  Microbatch microbatch = ragged({2, 3}, 8);
+  const Plan plan(kTwoLanes, kOneLane, microbatch, Direction::kForward);
+  microbatch.shape[0] = 5;          // the batch axis: given by the samples
+  microbatch.rows_per_sample = 11;  // row counts are given
+  const Plan same(kTwoLanes, kOneLane, microbatch, Direction::kForward);
+  EXPECT_EQ(plan, same);
+  EXPECT_EQ(plan.hash(), same.hash());
+  const Plan renamed(side("video", {{0}, {1}}, 1), kOneLane, microbatch, Direction::kForward);
+  EXPECT_FALSE(renamed == plan);
+  EXPECT_NE(renamed.hash(), plan.hash());
+}
+
 TEST(Plan, LanesMet) {
   EXPECT_EQ(Plan::lanes_met(1, 3, 2), (std::pair{0, 2}));
   EXPECT_EQ(Plan::lanes_met(2, 3, 2), (std::pair{1, 2}));
@@ -191,6 +262,16 @@ TEST(Plan, RaggedShardsAtTheDestinationAreRefusedByName) {
     EXPECT_NE(std::string(error.what()).find("module 'language' holds 2-D tensors sharded along their rows"),
               std::string::npos);
   }
+}
+
+TEST(PlanText, LongLanesAndUnknownRowsAreAbbreviated) {
+  const Boundary wide = side("images", {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9}}, 10);
+  EXPECT_EQ(describe(wide), "tp=10 cp=1, 1 lane: [0 1 2 3 4 5 6 ... 9]");
+  EXPECT_EQ(describe(side("images", {{0, 1, 2, 3, 4, 5, 6, 7}}, 8)), "tp=8 cp=1, 1 lane: [0 1 2 3 4 5 6 7]");
+  const Plan plan(kTwoLanes, kOneLane, ragged({kUnknownRows, 2}, 4), Direction::kForward);
+  const std::string text = plan.to_string(64);
+  EXPECT_NE(text.find("[0:1, 0:4] -> [? +1, 0:4]"), std::string::npos) << text;
+  EXPECT_NE(text.find("row counts of other lanes are not known here"), std::string::npos) << text;
 }
 
 TEST(PlanText, IsATableThatPeopleCanRead) {

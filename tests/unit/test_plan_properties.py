@@ -1,8 +1,9 @@
 """Properties of every transfer plan: coverage, values, balance, adjointness, reversal, agreement between ranks."""
 
+import math
 import subprocess
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -149,30 +150,47 @@ def test_both_ends_agree_on_every_message(setting):
         assert all(a in ranks and b in ranks for _, a, b in sent)
 
 
+def carried(messages: list[dict], end: str) -> dict[int, list[int]]:
+    """By rank at that end of the messages: the sizes of the one box that they cover together."""
+    boxes = defaultdict(list)
+    for message in messages:
+        boxes[message[end]].append(message["send_box" if end == "sender" else "recv_box"])
+    parts = {}
+    for rank, pieces in boxes.items():
+        parts[rank] = [max(sum(span) for span in axis) - min(axis)[0] for axis in zip(*pieces, strict=True)]
+        assert math.prod(parts[rank]) == sum(math.prod(size for _, size in box) for box in pieces)
+    return parts
+
+
+def assert_equal_parts(parts: dict[int, list[int]], ranks: list[int]) -> None:
+    """Boxes that differ by at most one unit along one axis, which may leave nothing for some ranks."""
+    uneven = [axis for axis in zip(*parts.values(), strict=True) if len(set(axis)) > 1]
+    assert len(uneven) <= 1, parts
+    assert all(max(axis) - min(axis) == 1 for axis in uneven), parts
+    if len(parts) < len(ranks):
+        assert not uneven, parts
+        assert 1 in next(iter(parts.values())), parts
+
+
 @PROFILE
 @given(microbatches(sharded=False))
 def test_replicas_carry_equal_parts(setting):
-    """Inside one overlap of lanes, what ranks carry differs by at most one unit along the axis that was cut."""
+    """Inside one overlap of lanes, what ranks send and receive differs by at most one unit along one axis."""
     for backward in (False, True):
         plan = setting.plan(backward)
-        receiver = plan.source if backward else plan.destination
-        volumes = defaultdict(Counter)
-        extents = {}
-        for rank, lane, member in members(receiver):
-            for message in plan.for_rank(rank, False, True)["receives"]:
-                if message["contribution"] == 0:
-                    sizes = [size for _, size in message["recv_box"]]
-                    volumes[message["sender_lane"], lane][member] += int(np.prod(sizes))
-            extents[lane] = plan.receiver_shape(lane, member)
-        for (other, lane), parts in volumes.items():
-            whole = sum(parts.values())
-            # The box of the overlap: its rows (or samples) are what is left when the other axes are divided out.
-            rest = [extent for axis, extent in enumerate(extents[lane]) if axis != setting.batch_dim]
-            shape = [whole // int(np.prod(rest)), *rest]
-            shape.insert(setting.batch_dim, shape.pop(0))
-            units = [whole // extent for extent in shape]
-            carried = [parts[member] for member in range(receiver.tp * receiver.cp)]
-            assert max(carried) - min(carried) in {0, *units}, (other, carried, shape)
+        sender, receiver = (plan.destination, plan.source) if backward else (plan.source, plan.destination)
+        overlaps = defaultdict(list)
+        for rank, _, _ in members(sender):
+            for message in plan.for_rank(rank, True, False)["sends"]:
+                overlaps[message["sender_lane"], message["receiver_lane"]].append(message)
+        for (sender_lane, receiver_lane), messages in overlaps.items():
+            ranks = sender.lanes[sender_lane]
+            # Of partial gradients, the tp ranks of each cp copy carry all of it between them.
+            groups = [ranks[i : i + sender.tp] for i in range(0, len(ranks), sender.tp)] if backward else [ranks]
+            for group in groups:
+                assert_equal_parts(carried([m for m in messages if m["sender"] in group], "sender"), group)
+            received = carried([m for m in messages if m["contribution"] == 0], "receiver")
+            assert_equal_parts(received, receiver.lanes[receiver_lane])
 
 
 @PROFILE
@@ -223,12 +241,41 @@ def test_the_hash_is_the_same_in_another_process():
     assert runs == {f"{Plan(a, b, microbatch).digest}\n"}
 
 
+def table(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.split()[0] in ("send", "local", "copy")]
+
+
 @PROFILE
 @given(microbatches())
-def test_the_text_names_both_modules(setting):
-    text = str(setting.plan())
-    assert text.startswith("Plan forward: images -> language\n")
-    assert len(text.splitlines()) <= 4 + 64 + 1
+def test_the_text_lists_every_message_once(setting):
+    for backward in (False, True):
+        plan = setting.plan(backward)
+        text = str(plan)
+        assert text.startswith(
+            "Plan backward: language -> images\n" if backward else "Plan forward: images -> language\n"
+        )
+        assert max(len(line) for line in text.splitlines()) < 250
+        ranks = {rank for side in (plan.source, plan.destination) for rank, _, _ in members(side)}
+        number = sum(len(mine["sends"]) + len(mine["lane_sends"]) for mine in map(plan.for_rank, ranks))
+        assert len(table(plan.to_string(10**6))) == number
+        assert len(table(text)) == min(number, 64)
+        assert ("not shown" in text) == (number > 64)
+
+
+def test_the_text_of_a_plan_with_unknown_rows_lists_what_is_known():
+    src = Layout([0, 1], dp=2, name="images").boundary()
+    dst = Layout([2], name="language").boundary()
+
+    def plan(rows):
+        return Plan(src, dst, _C.Microbatch(ndim=2, batch_dim=0, seq_dim=0, samples=2, shape=[1, 4], rows=rows))
+
+    first = str(plan([3, -1]))
+    assert len(table(first)) == 1
+    assert "[0:3, 0:4] -> [0:3, 0:4]" in first
+    assert "row counts of other lanes are not known here" in first
+    second = str(plan([-1, 5]))
+    assert "[0:5, 0:4] -> [? +5, 0:4]" in second
+    assert "not known" not in str(plan([3, 5]))
 
 
 def test_ragged_rows_that_a_sharded_destination_cannot_know_are_refused():
