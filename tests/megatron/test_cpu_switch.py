@@ -91,7 +91,7 @@ def test_importing_imports_no_megatron():
         "assert callable(mimo_ext.megatron.cpu);"
         "assert not [m for m in sys.modules if m.startswith('megatron')]"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-P", "-c", program], check=True, timeout=60)
 
 
 def test_tensors_are_made_on_the_cpu():

@@ -235,7 +235,7 @@ def test_the_hash_is_the_same_in_another_process():
         "m = _C.Microbatch(ndim=2, batch_dim=0, seq_dim=0, samples=4, shape=[1, 8], rows=[3, 1, 4, 1]);"
         "print(Plan(a, b, m).digest)"
     )
-    runs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2)}
+    runs = {subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True).stdout for _ in range(2)}
     a, b = Layout([0, 1], dp=2).boundary(), Layout([2, 3], tp=2).boundary()
     microbatch = _C.Microbatch(ndim=2, batch_dim=0, seq_dim=0, samples=4, shape=[1, 8], rows=[3, 1, 4, 1])
     assert runs == {f"{Plan(a, b, microbatch).digest}\n"}
