@@ -46,6 +46,9 @@ Channel::Channel(const BridgeConfig& config, Transport& transport, Failure& fail
   failure_.on_failure([this] {
     send_waiter_.abort();
     receive_waiter_.abort();
+    {
+      const std::lock_guard lock(local_mutex_);  // not between a waiter's look at failed() and its sleep
+    }
     local_changed_.notify_all();
     room_changed_.notify_all();
   });
@@ -155,7 +158,7 @@ void Channel::post_headers(const Header& header, SendJob& job) {
       if (peer == transport_.rank()) continue;
       job.pending.push_back({post(true, buffer, peer, kHeaderTag, send_name(), job.sequence), peer});
       if (extension.defined())
-        job.pending.push_back({post(true, extension, peer, kHeaderTag, send_name(), job.sequence), peer});
+        job.pending.push_back({post(true, extension, peer, kRowsTag, send_name(), job.sequence), peer});
     }
   }
 }
@@ -166,8 +169,8 @@ bool Channel::meets_itself() const {
   return first <= receiver_lane_ && receiver_lane_ < last;
 }
 
-std::shared_ptr<Delivery> Channel::send(const core::Microbatch& microbatch, const at::Tensor& x,
-                                        bool expects_backward) {
+std::shared_ptr<Delivery> Channel::send(const core::Microbatch& microbatch, const at::Tensor& x, bool expects_backward,
+                                        std::int64_t forward_sequence) {
   failure_.check();
   const c10::NoGradGuard no_grad;
   const auto plan = plan_for(microbatch, Role::kSend);  // throws before anything is sent
@@ -183,7 +186,8 @@ std::shared_ptr<Delivery> Channel::send(const core::Microbatch& microbatch, cons
   std::vector<Part> parts;
   LocalItem local;
   if (x.defined()) {
-    const at::Tensor storage = x.detach();  // the caller may swap x.data once this returns
+    // The caller may swap x.data once this returns. Lazy conjugation and negation are no part of the storage.
+    const at::Tensor storage = x.detach().resolve_conj().resolve_neg();
     parts.reserve(plan->mine.sends.size());
     for (const core::Message& message : plan->mine.sends) {
       at::Tensor part = part_of(storage, message.send_box);
@@ -196,7 +200,8 @@ std::shared_ptr<Delivery> Channel::send(const core::Microbatch& microbatch, cons
   }
   try {
     if (!config_.fixed) {
-      const Header header = header_for(microbatch, !x.defined(), expects_backward);
+      Header header = header_for(microbatch, !x.defined(), expects_backward);
+      header.forward_sequence = forward_sequence;
       local.header = header;
       post_headers(header, *job);
     }

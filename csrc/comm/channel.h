@@ -48,13 +48,14 @@ class Channel {
 
   /// Enqueues all messages of one microbatch and returns without waiting for any peer. Holds `x`'s storage until they
   /// are gone. An undefined `x` says that there is no gradient. The delivery ends when the storage is free again.
-  std::shared_ptr<Delivery> send(const core::Microbatch& microbatch, const at::Tensor& x, bool expects_backward);
+  std::shared_ptr<Delivery> send(const core::Microbatch& microbatch, const at::Tensor& x, bool expects_backward,
+                                 std::int64_t forward_sequence = 0);
   /// Fewer than max_in_flight microbatches are being sent? Waits up to `limit` for it.
   bool wait_for_room(std::chrono::milliseconds limit);
 
   /// Posts the receives of the next microbatch: of its headers, or where `known` is its final shape and shapes are
-  /// static, of its payload. `known` of a backward microbatch is what the forward one was.
-  std::shared_ptr<Delivery> recv(std::optional<core::Microbatch> known);
+  /// static, of its payload. `known` of a backward microbatch is what the forward one, number `forward_sequence`, was.
+  std::shared_ptr<Delivery> recv(std::optional<core::Microbatch> known, std::int64_t forward_sequence = 0);
 
   /// Waits for everything that is under way (each wait has its timeout), then ends the workers. After a failure: at
   /// once.

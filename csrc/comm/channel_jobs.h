@@ -12,7 +12,10 @@ namespace mimo_ext::comm {
 inline constexpr int kHeaderTag = 0;
 inline constexpr int kPayloadTag = 1;
 inline constexpr int kLaneTag = 2;
-inline constexpr int kNumTags = 3;
+/// Row counts that do not fit into a header. Their receives are posted by the worker, those of headers by the caller,
+/// who may be microbatches ahead: a tag of their own keeps both in order.
+inline constexpr int kRowsTag = 3;
+inline constexpr int kNumTags = 4;
 
 /// The view of `x` that `box` covers, or a packed copy where that is not contiguous.
 at::Tensor part_of(const at::Tensor& x, const core::Box& box);
@@ -50,6 +53,7 @@ struct Channel::Incoming {
 struct Channel::ReceiveJob {
   std::int64_t sequence = 0;
   std::optional<core::Microbatch> known;
+  std::int64_t forward_sequence = 0;  ///< backward: whose gradient is expected
   std::vector<HeaderSlot> headers;
   std::unique_ptr<Incoming> incoming;
   std::vector<SendJob::Pending> forwarded;

@@ -37,12 +37,13 @@ at::Tensor part_of(const at::Tensor& x, const core::Box& box) {
   return ops::pack(x, starts_of(box, x), sizes_of(box, x));
 }
 
-std::shared_ptr<Delivery> Channel::recv(std::optional<core::Microbatch> known) {
+std::shared_ptr<Delivery> Channel::recv(std::optional<core::Microbatch> known, std::int64_t forward_sequence) {
   failure_.check();
   const c10::NoGradGuard no_grad;
   auto job = std::make_shared<ReceiveJob>();
   job->sequence = next_recv_;
   job->known = std::move(known);
+  job->forward_sequence = forward_sequence;
   job->delivery = std::make_shared<Delivery>();
   try {
     if (config_.fixed) {
@@ -152,9 +153,11 @@ void Channel::receive(ReceiveJob& job) {
     }
     if (job.known) {
       // The sender of a gradient and its receiver each remember the forward microbatch; what they both know must agree.
-      core::Microbatch mine = *job.known;
-      mine.rows = microbatch.rows;
-      if (!(mine == microbatch) && !microbatch.ragged()) {
+      // Row counts of this lane were sent from here; equal counts elsewhere may look even to the other side.
+      const core::Microbatch& mine = *job.known;
+      const bool even = !mine.ragged() && !microbatch.ragged();
+      if (mine.samples != microbatch.samples || mine.shape != microbatch.shape ||
+          (even && mine.rows_per_sample != microbatch.rows_per_sample)) {
         throw BridgeError(where(recv_name(), job.sequence) + ": the gradient's shape differs from the activation's");
       }
       microbatch = *job.known;
@@ -183,11 +186,11 @@ void Channel::receive(ReceiveJob& job) {
     wait_for(receive_waiter_, *slot.request, "lane copy from", slot.message.sender, recv_name(), job.sequence);
     finish_slot(slot, incoming);
   }
-  job.delivery->set(incoming.result, std::move(microbatch), expects_backward);
-  // The tensor is handed out; its storage stays alive until the replicas have their copies.
+  // The tensor is handed out when the replicas have their copies: its new owner may change it in place.
   for (SendJob::Pending& pending : job.forwarded) {
     wait_for(receive_waiter_, *pending.request, "lane copy to", pending.peer, recv_name(), job.sequence);
   }
+  job.delivery->set(incoming.result, std::move(microbatch), expects_backward);
 }
 
 void Channel::finish_slot(Slot& slot, Incoming& incoming) {
@@ -228,7 +231,7 @@ std::vector<Header> Channel::receive_headers(ReceiveJob& job, const LocalItem* l
       header = Header::decode(words);
       if (header.has_extension()) {
         at::Tensor counts = at::empty({header.num_rows}, at::kLong);
-        const auto request = post(false, counts, slot.peer, kHeaderTag, recv_name(), job.sequence);
+        const auto request = post(false, counts, slot.peer, kRowsTag, recv_name(), job.sequence);
         wait_for(receive_waiter_, *request, "row counts from", slot.peer, recv_name(), job.sequence);
         const std::int64_t* data = counts.data_ptr<std::int64_t>();
         header.set_extension({data, data + header.num_rows});
@@ -252,6 +255,12 @@ void Channel::check_header(const Header& header, int peer, const ReceiveJob& job
   if (header.sequence != job.sequence) differ("microbatch", job.sequence, header.sequence);
   if (header.dtype != static_cast<std::int64_t>(config_.dtype)) {
     differ("dtype", static_cast<std::int64_t>(config_.dtype), header.dtype);
+  }
+  if (direction_ == core::Direction::kBackward && header.forward_sequence != job.forward_sequence) {
+    throw BridgeError(where(recv_name(), job.sequence) + ": rank " + std::to_string(peer) +
+                      " sent the gradient of forward microbatch " + std::to_string(header.forward_sequence) +
+                      ", expected that of " + std::to_string(job.forward_sequence) +
+                      ": did one side alone run a forward under torch.no_grad()?");
   }
   if (header.ndim != config_.ndim) differ("number of axes", std::int64_t{config_.ndim}, header.ndim);
 }
@@ -290,6 +299,13 @@ core::Microbatch Channel::combine(const std::vector<Header>& headers) const {
     if (header.num_rows > 0 && header.num_rows != end - begin) {
       throw std::invalid_argument("lane " + std::to_string(lane) + " of module '" + sender_.module + "': expected " +
                                   std::to_string(end - begin) + " row counts, got " + std::to_string(header.num_rows));
+    }
+    if (direction_ == core::Direction::kForward && receiver_.sharded() && header.num_rows == 0 && begin < end) {
+      // The lanes cut shards of a sequence that each believes to be even: they would not meet.
+      throw std::invalid_argument("module '" + receiver_.module +
+                                  "' holds 2-D tensors sharded along their rows: expected equal rows per sample in all "
+                                  "lanes of module '" +
+                                  sender_.module + "', got " + std::to_string(first.rows_per_sample) + " and others");
     }
     for (std::int64_t sample = begin; sample < end; ++sample) {
       microbatch.rows[static_cast<std::size_t>(sample)] =

@@ -92,7 +92,8 @@ std::shared_ptr<Delivery> Communicator::send_forward(const at::Tensor& x,
     wait_for_room(*forward_, kOperation);
     const bool expects_backward = c10::GradMode::is_enabled();
     auto delivery = forward_->send(microbatch, x, expects_backward);
-    if (expects_backward) sent_.push_back(microbatch);
+    if (expects_backward) sent_.push_back({num_sent_, microbatch});
+    ++num_sent_;
     last_ = std::move(microbatch);
     return delivery;
   } catch (const std::invalid_argument& error) {
@@ -100,31 +101,36 @@ std::shared_ptr<Delivery> Communicator::send_forward(const at::Tensor& x,
   }
 }
 
+void Communicator::skip_without_backward() {
+  while (!received_.empty() && received_.front().delivery->done() && !received_.front().delivery->expects_backward()) {
+    received_.front().delivery->get();
+    received_.pop_front();
+  }
+}
+
 std::shared_ptr<Delivery> Communicator::recv_forward() {
   check_open(is_destination(), "recv_forward", "destination");
+  skip_without_backward();  // or evaluation would keep every tensor that it received
   auto delivery = forward_->recv(std::nullopt);
-  if (c10::GradMode::is_enabled()) received_.push_back(delivery);
+  if (c10::GradMode::is_enabled()) received_.push_back({num_received_, delivery});
+  ++num_received_;
   return delivery;
 }
 
 std::shared_ptr<Delivery> Communicator::send_backward(const at::Tensor& gradient) {
   constexpr const char* kOperation = "send_backward";
   check_open(is_destination(), kOperation, "destination");
-  // Microbatches that their sender does not want a gradient for (it ran under no_grad) are passed over.
-  while (!received_.empty() && received_.front()->done() && !received_.front()->expects_backward()) {
-    received_.front()->get();
-    received_.pop_front();
-  }
+  skip_without_backward();
   if (received_.empty()) {
     throw BridgeError(where(kOperation) +
                       ": no received microbatch waits for its gradient (forward operations under "
                       "torch.no_grad() expect none)");
   }
-  if (!received_.front()->done()) {
+  if (!received_.front().delivery->done()) {
     throw BridgeError(where(kOperation) +
                       ": the microbatch has not been received yet: wait for its recv_forward first");
   }
-  const core::Microbatch microbatch = received_.front()->microbatch();
+  const core::Microbatch microbatch = received_.front().delivery->microbatch();
   const auto [lane, member] = config_.destination.find(rank_);
   const core::Plan plan(config_.source, config_.destination, microbatch, core::Direction::kForward);
   const auto expected = plan.receiver_shape(lane, member);
@@ -141,7 +147,7 @@ std::shared_ptr<Delivery> Communicator::send_backward(const at::Tensor& gradient
     payload = at::zeros(shape, at::TensorOptions().dtype(config_.dtype));  // no header could say "none"
   }
   wait_for_room(*backward_, kOperation);
-  auto delivery = backward_->send(microbatch, payload, false);
+  auto delivery = backward_->send(microbatch, payload, false, received_.front().sequence);
   received_.pop_front();
   return delivery;
 }
@@ -153,7 +159,7 @@ std::shared_ptr<Delivery> Communicator::recv_backward() {
                       ": no sent microbatch waits for its gradient (forward operations under "
                       "torch.no_grad() expect none)");
   }
-  auto delivery = backward_->recv(sent_.front());
+  auto delivery = backward_->recv(sent_.front().microbatch, sent_.front().sequence);
   sent_.pop_front();
   return delivery;
 }

@@ -68,8 +68,21 @@ class Communicator {
   Failure failure_;
   std::unique_ptr<Channel> forward_;
   std::unique_ptr<Channel> backward_;
-  std::deque<core::Microbatch> sent_;               ///< expecting a gradient
-  std::deque<std::shared_ptr<Delivery>> received_;  ///< possibly expecting one
+  struct Sent {
+    std::int64_t sequence;  ///< forward microbatches are counted on both sides
+    core::Microbatch microbatch;
+  };
+  struct Received {
+    std::int64_t sequence;
+    std::shared_ptr<Delivery> delivery;
+  };
+  /// Microbatches that their sender does not want a gradient for (it ran under no_grad) are passed over.
+  void skip_without_backward();
+
+  std::deque<Sent> sent_;          ///< expecting a gradient
+  std::deque<Received> received_;  ///< possibly expecting one
+  std::int64_t num_sent_ = 0;
+  std::int64_t num_received_ = 0;
   std::optional<core::Microbatch> last_;
   std::function<void()> interrupt_check_;
   bool closed_ = false;

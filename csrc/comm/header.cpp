@@ -37,10 +37,10 @@ Header::Words Header::encode() const {
   Words words{};
   const std::int64_t flags = (no_gradient ? kNoGradient : 0) | (expects_backward ? kExpectsBackward : 0);
   const std::array<std::int64_t, kFixedWords> fixed{
-      kMagic,   kVersion, sequence, static_cast<std::int64_t>(config_hash),
-      flags,    dtype,    ndim,     shape[0],
-      shape[1], shape[2], samples,  rows_per_sample,
-      num_rows, 0};
+      kMagic,   kVersion,        sequence, static_cast<std::int64_t>(config_hash),
+      flags,    dtype,           ndim,     shape[0],
+      shape[1], shape[2],        samples,  rows_per_sample,
+      num_rows, forward_sequence};
   std::copy(fixed.begin(), fixed.end(), words.begin());
   if (!has_extension()) std::copy(rows.begin(), rows.end(), words.begin() + kFixedWords);
   return words;
@@ -54,6 +54,7 @@ Header Header::decode(const Words& words) {
   }
   Header header;
   header.sequence = words[2];
+  header.forward_sequence = words[13];
   header.config_hash = static_cast<std::uint64_t>(words[3]);
   check_range("flags", words[4], kNoGradient | kExpectsBackward);
   header.no_gradient = (words[4] & kNoGradient) != 0;
@@ -70,6 +71,9 @@ Header Header::decode(const Words& words) {
   check_range("samples", header.samples, kMaxSamples);
   header.rows_per_sample = words[11];
   check_range("rows_per_sample", header.rows_per_sample, kMaxExtent);
+  if (header.samples > 0 && header.rows_per_sample > kMaxExtent / header.samples) {
+    bad(std::to_string(header.samples) + " samples of " + std::to_string(header.rows_per_sample) + " rows");
+  }
   header.num_rows = words[12];
   check_range("the number of row counts", header.num_rows, header.samples);
   if (!header.has_extension()) {

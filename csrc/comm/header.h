@@ -1,7 +1,7 @@
 // The small host-side message that goes ahead of a payload whose shape the receiver does not know.
 //
 // Wire format: kWords little-endian int64, then (only where there are more than kInlineRows row counts) one int64 per
-// row count as a second message with the same tag. Parsing trusts nothing: magic, version, sizes and ranges are
+// row count as a second message with a tag of its own. Parsing trusts nothing: magic, version, sizes and ranges are
 // checked.
 #pragma once
 
@@ -20,11 +20,12 @@ struct Header {
   static constexpr std::int64_t kMaxSamples = std::int64_t{1} << 32;
   using Words = std::array<std::int64_t, kWords>;
 
-  std::int64_t sequence = 0;      ///< microbatch, counted per direction
-  std::uint64_t config_hash = 0;  ///< layouts and tensor form that the sender believes in
-  bool no_gradient = false;       ///< backward: there is no gradient, and no payload follows
-  bool expects_backward = true;   ///< forward: the sender will call recv_backward for this microbatch
-  std::int64_t dtype = 0;         ///< c10::ScalarType
+  std::int64_t sequence = 0;          ///< microbatch, counted per direction
+  std::int64_t forward_sequence = 0;  ///< backward: the forward microbatch that this is the gradient of
+  std::uint64_t config_hash = 0;      ///< layouts and tensor form that the sender believes in
+  bool no_gradient = false;           ///< backward: there is no gradient, and no payload follows
+  bool expects_backward = true;       ///< forward: the sender will call recv_backward for this microbatch
+  std::int64_t dtype = 0;             ///< c10::ScalarType
   std::int64_t ndim = 2;
   std::array<std::int64_t, 3> shape{1, 1, 1};  ///< of the whole lane; the batch axis is not used
   std::int64_t samples = 0;                    ///< of the global microbatch

@@ -11,6 +11,7 @@ namespace {
 Header sample() {
   Header header;
   header.sequence = 7;
+  header.forward_sequence = 9;
   header.config_hash = 0xfedcba9876543210ULL;
   header.no_gradient = true;
   header.expects_backward = false;
@@ -25,6 +26,7 @@ Header sample() {
 TEST(Header, RoundTrip) {
   const Header header = Header::decode(sample().encode());
   EXPECT_EQ(header.sequence, 7);
+  EXPECT_EQ(header.forward_sequence, 9);
   EXPECT_EQ(header.config_hash, 0xfedcba9876543210ULL);
   EXPECT_TRUE(header.no_gradient);
   EXPECT_FALSE(header.expects_backward);
@@ -75,6 +77,17 @@ TEST(Header, MalformedWordsAreRefused) {
     }
   }
   EXPECT_GT(refused, 40);
+}
+
+TEST(Header, RowsThatOverflowAreRefused) {
+  Header header = sample();
+  header.rows.clear();
+  header.num_rows = 0;
+  header.samples = Header::kMaxSamples;
+  header.rows_per_sample = std::int64_t{1} << 40;  // each is in range, their product is not
+  EXPECT_THROW(Header::decode(header.encode()), std::invalid_argument);
+  header.rows_per_sample = 1;
+  EXPECT_EQ(Header::decode(header.encode()).samples, Header::kMaxSamples);
 }
 
 TEST(Header, OtherVersionsAreNamed) {
