@@ -83,6 +83,10 @@ class Layout:
             object.__setattr__(self, key, value)
         _ = self._core  # checks everything
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What the C++ core knows is made again from the rest: layouts can be copied and sent to other processes.
+        return {key: value for key, value in self.__dict__.items() if key != "_core"}
+
     @cached_property
     def _core(self) -> _C.Layout:
         dims = [(dim, int(getattr(self, dim))) for dim in self.order]

@@ -1,5 +1,7 @@
 """Layouts from ranks, grids and meshes; what does not fit is refused by name."""
 
+import copy
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -82,3 +84,11 @@ def test_from_mesh_refuses_what_it_does_not_know():
         Layout.from_mesh(mesh([2], None))
     with pytest.raises(ValueError, match="unknown dim 'fsdp' of size 2"):
         Layout.from_mesh(mesh([2, 2], ("fsdp", "tp")))
+
+
+def test_layouts_can_be_copied_and_pickled():
+    layout = Layout(range(8), tp=2, cp=2, dp=2, order=("dp", "tp", "cp"), cp_placement="zigzag", name="images")
+    for other in (copy.deepcopy(layout), pickle.loads(pickle.dumps(layout))):
+        assert other == layout
+        assert hash(other) == hash(layout)
+        assert other.lanes() == layout.lanes()
