@@ -96,30 +96,41 @@ class Bridge:
         self.dtype, self.ndim = dtype, ndim
         self._communicator: _C.Communicator | None = None
         self._group: dist.ProcessGroup | None = None
-        if torch.device(device).type != "cpu":
-            raise NotImplementedError(
-                f"bridge '{self.name}': device {str(device)!r} is not supported yet; tensors must be on the CPU (gloo)"
-            )
         if not dist.is_initialized():
             raise RuntimeError(f"bridge '{self.name}': torch.distributed is not initialized")
         _require_cpu_backend(self.name, dist.group.WORLD if group is None else group)
         self.rank = dist.get_rank()
-        self.batch_dim, self.seq_dim = _axes(self.name, ndim, batch_dim, seq_dim)
-        if max_in_flight < 1:
-            raise ValueError(f"bridge '{self.name}': max_in_flight must be positive, got {max_in_flight}")
-        if timeout <= timedelta(0):
-            raise ValueError(f"bridge '{self.name}': timeout must be positive, got {timeout}")
-        self._source, self._destination = src.boundary(src_stage), dst.boundary(dst_stage)
-        fixed = None if shape is None else self._fixed(tuple(int(extent) for extent in shape))
-        ranks = sorted({rank for side in (self._source, self._destination) for lane in side.lanes for rank in lane})
-        members = range(dist.get_world_size()) if group is None else dist.get_process_group_ranks(group)
-        missing = [rank for rank in ranks if rank not in members]
-        if missing:
-            raise ValueError(
-                f"bridge '{self.name}', rank {self.rank}: expected ranks of the process group "
-                f"({len(members)} ranks), got {missing} in the layouts"
+        try:
+            if torch.device(device).type != "cpu":
+                raise NotImplementedError(
+                    f"bridge '{self.name}': device {str(device)!r} is not supported yet; "
+                    "tensors must be on the CPU (gloo)"
+                )
+            self.batch_dim, self.seq_dim = _axes(self.name, ndim, batch_dim, seq_dim)
+            if max_in_flight < 1:
+                raise ValueError(f"bridge '{self.name}': max_in_flight must be positive, got {max_in_flight}")
+            if timeout <= timedelta(0):
+                raise ValueError(f"bridge '{self.name}': timeout must be positive, got {timeout}")
+            self._source, self._destination = src.boundary(src_stage), dst.boundary(dst_stage)
+            fixed = None if shape is None else self._fixed(tuple(int(extent) for extent in shape))
+            ranks = sorted({rank for side in (self._source, self._destination) for lane in side.lanes for rank in lane})
+            members = range(dist.get_world_size()) if group is None else dist.get_process_group_ranks(group)
+            missing = [rank for rank in ranks if rank not in members]
+            if missing:
+                raise ValueError(
+                    f"bridge '{self.name}', rank {self.rank}: expected ranks of the process group "
+                    f"({len(members)} ranks), got {missing} in the layouts"
+                )
+            text = (
+                f"{self.name}: {self._source} | {self._destination}; ndim={ndim} batch_dim={self.batch_dim} "
+                f"seq_dim={self.seq_dim} dtype={dtype} shape={None if shape is None else tuple(shape)}"
             )
-        digest = self._agree(group, None if shape is None else tuple(shape))
+        except Exception as error:
+            # The others wait for this rank's word: they get an error too, at once.
+            with contextlib.suppress(ValueError):
+                self._agree(group, f"refused: {error}", 0)
+            raise
+        digest = self._agree(group, text, _C.hash_of(self._source, self._destination))
         # After the agreement: ranks that differ would wait for one another here.
         if group is None:
             self._group = dist.new_group(ranks, timeout=timeout, backend="gloo", group_desc=f"mimo_ext {self.name}")
@@ -171,33 +182,29 @@ class Bridge:
             element_size=self.dtype.itemsize,
         )
 
-    def _agree(self, group: dist.ProcessGroup | None, shape: tuple[int, ...] | None) -> int:
+    def _agree(self, group: dist.ProcessGroup | None, text: str, layouts: int) -> int:
         """Hash of everything that must be equal on all ranks, after comparing it with theirs."""
-        text = (
-            f"{self.name}: {self._source} | {self._destination}; ndim={self.ndim} batch_dim={self.batch_dim} "
-            f"seq_dim={self.seq_dim} dtype={self.dtype} shape={shape}"
-        )
-        exact = f"{text}#{_C.hash_of(self._source, self._destination)}#{_C.TORCH_VERSION}"
+        exact = f"{text}#{layouts}#{_C.TORCH_VERSION}"
         digest = int.from_bytes(hashlib.sha256(exact.encode()).digest()[:8], "little") >> 1
         count = dist.get_world_size(group)
         mine = torch.tensor([digest], dtype=torch.int64)
         digests = [torch.empty_like(mine) for _ in range(count)]
         dist.all_gather(digests, mine, group=group)
-        if any(int(other) != digest for other in digests):
-            line = torch.zeros(_AGREEMENT_BYTES, dtype=torch.uint8)
-            data = text.encode()[:_AGREEMENT_BYTES]
-            line[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            lines = [torch.empty_like(line) for _ in range(count)]
-            dist.all_gather(lines, line, group=group)
-            texts = [bytes(other.numpy()).rstrip(b"\0").decode(errors="replace") for other in lines]
-            # All ranks name the same two: the first rank, and the first that differs from it.
-            other = next(index for index in range(count) if int(digests[index]) != int(digests[0]))
-            ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
-            raise ValueError(
-                f"bridge '{self.name}', rank {self.rank}: the ranks describe different bridges: "
-                f"expected (rank {ranks[0]}) {texts[0]!r}, got (rank {ranks[other]}) {texts[other]!r}"
-            )
-        return digest
+        if all(int(other) == digest for other in digests):
+            return digest
+        line = torch.zeros(_AGREEMENT_BYTES, dtype=torch.uint8)
+        data = text.encode()[:_AGREEMENT_BYTES]
+        line[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        lines = [torch.empty_like(line) for _ in range(count)]
+        dist.all_gather(lines, line, group=group)
+        texts = [bytes(other.numpy()).rstrip(b"\0").decode(errors="replace") for other in lines]
+        # All ranks name the same two: the first rank, and the first that differs from it.
+        other = next(index for index in range(count) if int(digests[index]) != int(digests[0]))
+        ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+        raise ValueError(
+            f"bridge '{self.name}', rank {self.rank}: the ranks describe different bridges: "
+            f"expected (rank {ranks[0]}) {texts[0]!r}, got (rank {ranks[other]}) {texts[other]!r}"
+        )
 
     # Properties
 

@@ -147,6 +147,13 @@ void Channel::receive(ReceiveJob& job) {
     }
     microbatch = combine(headers);
     expects_backward = headers.front().expects_backward;
+    for (std::size_t index = 1; index < headers.size(); ++index) {
+      if (headers[index].expects_backward != expects_backward) {
+        throw BridgeError(where(recv_name(), job.sequence) + ": ranks " + std::to_string(job.headers.front().peer) +
+                          " and " + std::to_string(job.headers[index].peer) +
+                          " differ on whether they expect a gradient: one of them runs under torch.no_grad()");
+      }
+    }
     if (static_cast<int>(without_gradient.size()) == last - first) {
       job.delivery->set({}, std::move(microbatch), false);
       return;

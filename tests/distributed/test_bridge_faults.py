@@ -106,6 +106,20 @@ def test_bad_arguments():
     launch(bad_arguments, 2)
 
 
+def refused_by_one_rank(rank: int, world_size: int) -> str:
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="ndim") as caught:
+        mimo_ext.Bridge(Layout([0], name="images"), Layout([1], name="language"), ndim=4 if rank == 1 else 2)
+    assert time.monotonic() - start < 5
+    return str(caught.value)
+
+
+def test_what_one_rank_refuses_fails_all_at_once():
+    first, second = launch(refused_by_one_rank, 2)
+    assert "got (rank 1) \"refused: bridge 'images -> language': ndim: expected 2 or 3, got 4\"" in first
+    assert second == "bridge 'images -> language': ndim: expected 2 or 3, got 4"
+
+
 def different_layouts(rank: int, world_size: int, what: str) -> str:
     dst = Layout([2, 3], tp=2, name="language")
     options = {}

@@ -70,11 +70,28 @@ def evaluated_on_one_side(rank: int, world_size: int) -> None:
             bridge.recv_forward()
         y = bridge.recv_forward()
         bridge.send_backward(torch.ones_like(y))
+    dist.barrier()  # closing takes back what was not received yet
     bridge.close(abort=True)
 
 
 def test_gradient_of_another_microbatch_is_refused():
     launch(evaluated_on_one_side, 2)
+
+
+def evaluated_by_one_lane(rank: int, world_size: int) -> None:
+    bridge = bridge_between(Layout([0, 1], dp=2, name="images"), Layout([2], name="language"))
+    if bridge.is_source:
+        with torch.set_grad_enabled(rank == 0):
+            bridge.send_forward(torch.zeros(4, 2))
+    else:
+        with pytest.raises(mimo_ext.BridgeError, match="ranks 0 and 1 differ on whether they expect a gradient"):
+            bridge.recv_forward()
+    dist.barrier()
+    bridge.close(abort=True)
+
+
+def test_lanes_that_differ_on_expecting_a_gradient_are_named():
+    launch(evaluated_by_one_lane, 3)
 
 
 def uneven_lanes_into_shards(rank: int, world_size: int) -> None:

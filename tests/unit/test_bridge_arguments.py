@@ -20,8 +20,3 @@ def test_a_group_without_cpu_tensors_is_refused():
 
     with pytest.raises(RuntimeError, match=r"expected a process group that takes CPU tensors.*cpu:gloo,cuda:nccl"):
         _require_cpu_backend("images -> language", NcclOnly())
-
-
-def test_cuda_is_refused_by_name():
-    with pytest.raises(NotImplementedError, match="device 'cuda' is not supported yet"):
-        mimo_ext.Bridge(mimo_ext.Layout([0]), mimo_ext.Layout([1]), device="cuda")
