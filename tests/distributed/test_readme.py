@@ -23,6 +23,7 @@ def run_example(rank: int, world_size: int, code: str) -> str:
 
 def test_the_readme_example():
     code = re.search(r"```python\n(import torch\n.*?)```", README.read_text(), re.DOTALL).group(1)
+    assert code in (README.parent / "examples/quickstart.py").read_text()
     sources = re.search(r"# rank 0: (tensor\(.*?\)) +rank 1: (tensor\(.*?\))\n", code)
     destination = re.search(r"print\(y.*# (tensor\(.*\))\n", code)
     printed = launch(run_example, 4, code)
