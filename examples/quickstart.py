@@ -6,7 +6,7 @@ import torch.distributed as dist
 import mimo_ext
 
 dist.init_process_group("gloo")
-vision = mimo_ext.Layout(ranks=range(0, 2), dp=2, name="vision")  # two lanes of one rank
+vision = mimo_ext.Layout(ranks=range(2), dp=2, name="vision")  # two lanes of one rank
 language = mimo_ext.Layout(ranks=range(2, 4), tp=2, name="language")  # one lane of two ranks
 bridge = mimo_ext.Bridge(vision, language, ndim=2)
 if bridge.is_source:
