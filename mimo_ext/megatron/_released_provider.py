@@ -15,7 +15,7 @@ from mimo_ext.megatron import provider
 from mimo_ext.megatron._provider_base import Hook
 from mimo_ext.megatron.config import MimoParallelismConfig
 from mimo_ext.megatron.provider import MimoModelInfra, MimoModelProvider
-from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY
+from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY, RankRole
 
 MegatronMIMOInfra = MimoModelInfra
 
@@ -112,6 +112,16 @@ class MegatronMIMOProvider(MimoModelProvider):
             pre_wrap_hook=pre_wrap_hook,
             post_wrap_hook=post_wrap_hook,
         )
+
+    def provide(
+        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+    ) -> Any:
+        """As in the base class; the mode of ``model.role`` is a member of megatron-core's own enum."""
+        model = super().provide(pre_process, post_process, vp_stage)
+        role = getattr(model, "role", None)
+        if isinstance(role, RankRole):
+            model.role = role.as_released()
+        return model
 
     def _resolve_cpu_initialization(self, argument: bool | None) -> bool:
         return self.use_cpu_initialization if argument is None else argument

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,8 @@ class MimoModel(_CoreMimoModel):
 
     Attributes:
         role: `RankRole` of this rank, from ``mimo_config.module_to_grid_map``.
+        released_roles: class attribute. True gives roles whose mode is a member of megatron-core's own enum, for
+            programs that compare it by identity.
         row_counts: modality name -> queue with the per-sample row counts (``list[int]``) of the last output of that
             encoder. The communicator takes the entry when it sends the output. An entry that nobody took is replaced
             by the next forward's; an empty queue means that the counts are unknown.
@@ -34,15 +36,19 @@ class MimoModel(_CoreMimoModel):
         NotImplementedError: modules share their ranks but not their parallel sizes, or are pipelined there.
     """
 
+    released_roles: ClassVar[bool] = False
+
     def __init__(self, mimo_config: MimoModelConfig, cp_group: Any = None, tp_group: Any = None) -> None:
         modality_names = list(mimo_config.modality_submodules_spec)
         grids = mimo_config.module_to_grid_map
         if grids:
             self._role = RankRole.from_grid_map(grids, modality_names)
-            if self._role.mode is ModuleLayout.COLOCATED:
+            if self._role.mode == ModuleLayout.COLOCATED:
                 _check_colocated(grids)
         else:
             self._role = RankRole.unified([*modality_names, MIMO_LANGUAGE_MODULE_KEY])
+        if self.released_roles:
+            self._role = self._role.as_released()
         # megatron-core's constructor derives a role (wrong for pipelines on shared ranks) and bridges (its own) from
         # the grids. It gets none, and `role` keeps ours.
         self._role_is_fixed = True
@@ -87,7 +93,7 @@ class MimoModel(_CoreMimoModel):
             ``(output, loss_mask)``. Output of an encoder rank: modality name -> ``[rows, h]``; of a language rank
             before the last stage: ``{"language": hidden states}``; otherwise what the language model returns.
         """
-        if self.role.mode is ModuleLayout.NON_COLOCATED:
+        if self.role.mode == ModuleLayout.NON_COLOCATED:
             input_tensors = getattr(self, "input_tensors", None)
             if self.role.has_modality_modules:
                 return self._forward_encoders(input_ids, modality_inputs, input_tensors), loss_mask

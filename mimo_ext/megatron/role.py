@@ -116,12 +116,26 @@ class RankRole:
         """
         released: Any = _ReleasedLayout
         if not module_to_grid_map:
-            role = cls.unified([*modality_module_names, MIMO_LANGUAGE_MODULE_KEY])
-            return cls(modules=role.modules, mode=released.COLOCATED)
+            return cls.unified([*modality_module_names, MIMO_LANGUAGE_MODULE_KEY]).as_released()
         stages = _stages_of_rank(module_to_grid_map)
         whole = all(stage.is_first_stage and stage.is_last_stage for stage in stages.values())
         colocated = _language_shares_ranks(module_to_grid_map) or (len(module_to_grid_map) == 1 and whole)
         return cls(modules=stages, mode=released.COLOCATED if colocated else released.NON_COLOCATED)
+
+    @classmethod
+    def _from_grid_map(cls, module_to_grid_map: Mapping[str, Any]) -> RankRole:
+        """Role in a map whose keys were checked elsewhere, under the released generation's name; see `build`."""
+        released: Any = _ReleasedLayout
+        return cls(modules=_stages_of_rank(module_to_grid_map), mode=released.NON_COLOCATED)
+
+    def as_released(self) -> RankRole:
+        """The same role with ``mode`` a member of megatron-core's own enum, which programs compare by identity.
+
+        UNIFIED becomes COLOCATED, the released name of both.
+        """
+        released: Any = _ReleasedLayout
+        colocated = self.mode != ModuleLayout.NON_COLOCATED
+        return RankRole(modules=self.modules, mode=released.COLOCATED if colocated else released.NON_COLOCATED)
 
     @property
     def has_modality_modules(self) -> bool:

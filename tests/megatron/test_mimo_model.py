@@ -10,6 +10,7 @@ import pytest
 import torch
 from megatron.core.models.mimo import MimoModel as CoreMimoModel
 from megatron.core.models.mimo.config import MimoModelConfig
+from megatron.core.models.mimo.config.role import ModuleLayout as ReleasedLayout
 from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from tiny_mimo import Grid
@@ -108,6 +109,27 @@ def test_modules_with_equal_sizes_on_the_same_ranks_need_no_bridge(as_rank, grid
     assert made.mimo_config.module_to_grid_map is grids
     out, _ = made(IDS, modality_inputs=inputs(rows(3)))
     torch.testing.assert_close(out[1, 0], 2 * rows(3)[0])
+
+
+@pytest.mark.parametrize(
+    ("grids", "mode"),
+    [
+        (None, ReleasedLayout.COLOCATED),
+        ({"images": Grid(0, dp=2), "language": Grid(0, dp=2)}, ReleasedLayout.COLOCATED),
+        ({"images": Grid(0, dp=2), "language": Grid(2, dp=2)}, ReleasedLayout.NON_COLOCATED),
+    ],
+)
+def test_released_roles_run_every_layout(as_rank, monkeypatch, grids, mode):
+    """Programs of the released generation compare the mode by identity with megatron-core's own enum."""
+    as_rank(1)
+    monkeypatch.setattr(MimoModel, "released_roles", True)
+    made = model(grids)
+    assert made.role.mode is mode
+    out, _ = made(IDS, modality_inputs=inputs(rows(3)))
+    if mode is ReleasedLayout.COLOCATED:
+        torch.testing.assert_close(out[1, 0], 2 * rows(3)[0])
+    else:
+        torch.testing.assert_close(out["images"], 2 * rows(3))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from mimo_ext.megatron import provider as provider_module
 from mimo_ext.megatron.config import MegatronMIMOParallelismConfig, MimoParallelismConfig, ModuleParallelismConfig
 from mimo_ext.megatron.provider import MegatronMIMOInfra, MegatronMIMOProvider, MimoModelInfra, MimoModelProvider
+from mimo_ext.megatron.role import ModuleLayout, ModuleStageInfo, RankRole
 
 BASE = [["tp"], ["cp"], ["pp"], ["dp"], ["dp", "cp"], ["tp", "cp"], ["tp", "pp"], ["tp", "dp", "cp"]]
 BASE += [["tp", "cp", "dp", "pp"]]
@@ -214,6 +215,16 @@ def test_provide(stand_ins, face):
     assert config.modality_submodules_spec["images"] is made.modality_submodules_spec["images"]
     assert spec.params == {"config": "config of the language model"}  # the user's spec is as it was
     assert model.pg_collection is groups
+
+
+def test_roles_of_each_generation(stand_ins):
+    """Programs compare the mode by identity with the enum of their generation."""
+    from megatron.core.models.mimo.config.role import ModuleLayout as ReleasedLayout
+
+    role = RankRole({"images": ModuleStageInfo(True, True)}, ModuleLayout.NON_COLOCATED)
+    stand_ins.MimoModel.side_effect = lambda *args, **kwargs: SimpleNamespace(role=role)
+    assert make().provide().role.mode is ModuleLayout.NON_COLOCATED
+    assert make(MegatronMIMOProvider).provide().role.mode is ReleasedLayout.NON_COLOCATED
 
 
 @FACES

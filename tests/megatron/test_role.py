@@ -150,6 +150,26 @@ def test_released_role_of_shared_ranks(as_rank):
     assert pipeline.modules == {"language": ModuleStageInfo(True, False)}
 
 
+def test_released_role_of_a_checked_map(as_rank, two_grids):
+    as_rank(6)
+    assert RankRole._from_grid_map(two_grids) == RankRole.build(["images"], two_grids)
+
+
+@pytest.mark.parametrize(
+    ("mode", "released"),
+    [
+        (ModuleLayout.UNIFIED, ReleasedLayout.COLOCATED),
+        (ModuleLayout.COLOCATED, ReleasedLayout.COLOCATED),
+        (ModuleLayout.NON_COLOCATED, ReleasedLayout.NON_COLOCATED),
+        (ReleasedLayout.NON_COLOCATED, ReleasedLayout.NON_COLOCATED),
+    ],
+)
+def test_role_as_released(mode, released):
+    role = RankRole({"images": ModuleStageInfo(True, False)}, mode)
+    assert role.as_released().mode is released
+    assert role.as_released().modules == role.modules
+
+
 def test_layouts_of_both_generations_compare_by_name():
     assert ModuleLayout.COLOCATED == ReleasedLayout.COLOCATED
     assert ReleasedLayout.NON_COLOCATED == ModuleLayout.NON_COLOCATED
