@@ -25,7 +25,18 @@ _HOME = {
     "MimoModelInfra": "provider",
     "MimoModelProvider": "provider",
 }
-_MODULES = ("builder", "communicator", "config", "cpu", "ddp", "model", "parallel_utils", "provider", "role")
+_MODULES = (
+    "builder",
+    "communicator",
+    "config",
+    "cpu",
+    "cpu_layers",
+    "ddp",
+    "model",
+    "parallel_utils",
+    "provider",
+    "role",
+)
 
 __all__ = [*sorted(_HOME), *_MODULES]
 

@@ -14,7 +14,7 @@ what Megatron does                              what happens
 ``torch.cuda.current_device()``                 ``torch.device("cpu")``
 ``torch.cuda.current_stream()``                 a stream object that does nothing
 ``torch.cuda.synchronize()``                    nothing
-``device="cuda"`` in torch.zeros, empty, ...    the CPU
+``device="cuda"`` in torch.zeros, empty, ...    the CPU; ``pin_memory`` is not heeded
 ``tensor.cuda()``                               the tensor itself
 ``tensor.type()`` of a CPU tensor               ``torch.cuda...``, as the optimizers compare it
 ``torch.cuda`` random state                     the CPU generator's
@@ -22,6 +22,7 @@ RNG tracker                                     one on the CPU generator, with t
 global memory buffer                            exists, also where model-parallel state was never initialized
 ``HyperCommGrid(backend="nccl")``               the default process group's backend
 functions under torch.compile                   run eagerly (the fused kernels' compiler is slower than their gain)
+norm behind the last layer of a local spec      works with sequence parallelism, see `mimo_ext.megatron.cpu_layers`
 =============================================== ====================================================================
 
 It changes nothing where CUDA is available, may be nested, and is undone exactly on exit. It patches the process, not a
@@ -131,6 +132,10 @@ def _patch_all(stack: contextlib.ExitStack) -> None:
     import torch._dynamo
     from megatron.core import hyper_comm_grid, parallel_state
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer import transformer_block
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    from mimo_ext.megatron.cpu_layers import TorchNorm
 
     def patch(owner: Any, name: str, value: Any) -> None:
         # What was inherited (or absent) in the owner's own namespace is deleted again, not set.
@@ -163,6 +168,8 @@ def _patch_all(stack: contextlib.ExitStack) -> None:
     patch(megatron_random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True)
 
     _provide_memory_buffer(parallel_state, stack, patch)
+    if transformer_block.LayerNormImpl is WrappedTorchNorm:
+        patch(transformer_block, "LayerNormImpl", TorchNorm)
     grid = hyper_comm_grid.HyperCommGrid
     patch(grid, "__init__", _backend_of_default_group(grid.__init__))
 
@@ -183,6 +190,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
         device = kwargs.get("device")
         if device is not None and _is_cuda(device):
             kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)  # memory is pinned for an accelerator
         return factory(*args, **kwargs)
 
     return on_cpu

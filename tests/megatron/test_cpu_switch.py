@@ -9,11 +9,20 @@ import torch
 from launch import launch
 from megatron.core import hyper_comm_grid, parallel_state
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer import transformer_block
 
 import mimo_ext.megatron
 from mimo_ext.megatron import cpu
 
-OWNERS = (torch, torch.Tensor, torch.cuda, megatron_random, parallel_state, hyper_comm_grid.HyperCommGrid)
+OWNERS = (
+    torch,
+    torch.Tensor,
+    torch.cuda,
+    megatron_random,
+    parallel_state,
+    hyper_comm_grid.HyperCommGrid,
+    transformer_block,
+)
 
 
 def state() -> list[dict[str, int]]:
@@ -109,6 +118,7 @@ def test_tensors_are_made_on_the_cpu():
             assert made.device.type == "cpu"
         assert torch.full((2,), 7.0, device="cuda").tolist() == [7.0, 7.0]
         assert torch.zeros(2, device="meta").device.type == "meta"
+        assert torch.tensor([1, 2], device="cpu", pin_memory=True).tolist() == [1, 2]
         leaf = torch.zeros(2, requires_grad=True)
         assert leaf.cuda() is leaf
 
