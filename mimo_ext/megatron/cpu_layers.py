@@ -77,9 +77,7 @@ class TorchNorm:
         ValueError: ``config`` asks for a norm that torch does not have; the message names the field.
     """
 
-    def __new__(  # type: ignore[misc]
-        cls, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any
-    ) -> torch.nn.Module:
+    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> torch.nn.Module:
         kinds = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
         if config.normalization not in kinds:
             raise ValueError(f"normalization: expected one of {sorted(kinds)}, got {config.normalization!r}")
@@ -134,7 +132,7 @@ class DotProductAttention(_DotProductAttention):
             pg_collection=pg_collection,
         )
         self.config = config
-        self.cp_group = getattr(pg_collection, "cp", None)
+        self.cp_group: Any = getattr(pg_collection, "cp", None)
         cp_size = self.cp_group.size() if self.cp_group is not None else 1
         if cp_size != config.context_parallel_size:
             raise ValueError(
