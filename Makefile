@@ -27,6 +27,7 @@ export OMP_NUM_THREADS ?= 1
 help:
 	@echo "make demo      set up (first time), then train the example: a vision-language model that reads handwriting"
 	@echo "make check     the example's parallel layouts against one process, loss by loss"
+	@echo "make check-api every documented name and every known defect has its test, and is what the tables say"
 	@echo "make test      all tests: lint, C++, Python, distributed, Megatron"
 	@echo "make build     set up and install the extension into $(VENV)"
 	@echo "make lint      formatting, lint and types; make format mends the formatting"
@@ -73,6 +74,10 @@ demo: $(VENV)/.example $(VENV)/.built
 .PHONY: check
 check: $(VENV)/.example $(VENV)/.built
 	$(PY) -P $(EXAMPLE) --check $(CHECK_ARGS)
+
+.PHONY: check-api
+check-api: $(VENV)/.example $(VENV)/.built
+	$(PY) -P scripts/check_api.py
 
 # --- Tests. -P keeps the source folder off the path: what is tested is the installed package.
 
