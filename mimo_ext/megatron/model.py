@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import deque
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +14,8 @@ import torch.distributed as dist
 from megatron.core.models.mimo import MimoModel as _CoreMimoModel
 from megatron.core.models.mimo.config import MimoModelConfig
 
+from mimo_ext.megatron.colocated import ColocatedBridges, modules_to_bridge, sizes_of
+from mimo_ext.megatron.module_random import ModuleRandomState, tp_rank_in
 from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout, RankRole
 
 
@@ -30,10 +35,14 @@ class MimoModel(_CoreMimoModel):
             by the next forward's; an empty queue means that the counts are unknown.
         pg_collection: groups of this rank's module, set by the provider; Float16Module reads it.
 
+    Modules on the language model's ranks may have other TP, CP and DP sizes than it has: see
+    `mimo_ext.megatron.colocated` for which samples each rank gets then. The bridges between them are built by the first
+    forward or `build_bridges`; `close` ends them.
+
     Raises:
         ValueError: rank ranges overlap in part, or the grids' keys are not the modules' names.
         RuntimeError: this rank is in no grid.
-        NotImplementedError: modules share their ranks but not their parallel sizes, or are pipelined there.
+        NotImplementedError: modules share their ranks and are pipelined there.
     """
 
     released_roles: ClassVar[bool] = False
@@ -41,10 +50,15 @@ class MimoModel(_CoreMimoModel):
     def __init__(self, mimo_config: MimoModelConfig, cp_group: Any = None, tp_group: Any = None) -> None:
         modality_names = list(mimo_config.modality_submodules_spec)
         grids = mimo_config.module_to_grid_map
+        # Modules on the language model's ranks with other sizes; each draws its random numbers apart.
+        self._random_states: dict[str, ModuleRandomState] = {}
+        self._bridges: ColocatedBridges | None = None
         if grids:
             self._role = RankRole.from_grid_map(grids, modality_names)
             if self._role.mode == ModuleLayout.COLOCATED:
                 _check_colocated(grids)
+                for name in modules_to_bridge(grids):
+                    self._random_states[name] = ModuleRandomState(tp_rank_in(grids[name]))
         else:
             self._role = RankRole.unified([*modality_names, MIMO_LANGUAGE_MODULE_KEY])
         if self.released_roles:
@@ -77,6 +91,7 @@ class MimoModel(_CoreMimoModel):
         labels: torch.Tensor | None = None,
         modality_inputs: dict[str, dict[str, Any]] | None = None,
         packing_kwargs: dict[str, Any] | None = None,
+        row_counts: Mapping[str, Sequence[int]] | None = None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Run this rank's modules.
 
@@ -88,6 +103,9 @@ class MimoModel(_CoreMimoModel):
             loss_mask, labels: ``[b, s]`` or None.
             modality_inputs: modality name -> encoder name -> keyword arguments of the encoder.
             packing_kwargs: fields of PackedSeqParams, or None.
+            row_counts: only for modules on the language model's ranks with other parallel sizes: modality name -> rows
+                of each sample of this rank's lane of that *encoder*. Given on all ranks or on none; without it the
+                ranks tell one another what is in their ``input_ids``, which needs it on the host.
 
         Returns:
             ``(output, loss_mask)``. Output of an encoder rank: modality name -> ``[rows, h]``; of a language rank
@@ -100,9 +118,104 @@ class MimoModel(_CoreMimoModel):
             return self._forward_language_module(
                 input_ids, position_ids, attention_mask, loss_mask, labels, input_tensors, packing_kwargs
             )
+        if self._random_states:
+            rows = self._forward_bridged_encoders(input_ids, modality_inputs or {}, row_counts or {})
+            return self._forward_language_module(
+                input_ids, position_ids, attention_mask, loss_mask, labels, rows, packing_kwargs
+            )
         return self._forward_all_modules(
             input_ids, position_ids, attention_mask, loss_mask, labels, modality_inputs, packing_kwargs
         )
+
+    def build_bridges(self, timeout: timedelta | None = None) -> None:
+        """Build the bridges between modules on the same ranks now, not in the first forward. Collective.
+
+        Does nothing where there are none to build, or where they have been built.
+
+        Args:
+            timeout: how long a wait for a peer may last before it raises; default that of `mimo_ext.Bridge`.
+        """
+        if self._bridges is not None or not self._random_states:
+            return
+        config = self.mimo_config.language_model_spec.params["config"]
+        dtype = getattr(config, "pipeline_dtype", None) or getattr(config, "params_dtype", None) or torch.float32
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        self._bridges = ColocatedBridges(self.mimo_config.module_to_grid_map, dtype, device=device, timeout=timeout)
+
+    @property
+    def colocated_bridges(self) -> ColocatedBridges | None:
+        """The bridges between modules on the same ranks; None before they are built."""
+        return self._bridges
+
+    def close(self) -> None:
+        """Close the bridges of `build_bridges`; collective. A later forward builds them again."""
+        bridges, self._bridges = self._bridges, None
+        if bridges is not None:
+            bridges.close()
+
+    def destroy(self) -> None:
+        """`close`, under the released generation's name."""
+        super().destroy()
+        self.close()
+
+    def _initialize_submodules(self) -> None:
+        """Build this rank's modality submodules; those with random states of their own draw their weights from them."""
+        for name, spec in self.mimo_config.modality_submodules_spec.items():
+            stage = self.role.modules.get(name)
+            if stage is None:
+                continue
+            with self._random_state_of(name):
+                self.modality_submodules[name] = spec.module.from_spec(
+                    spec, is_first_stage=stage.is_first_stage, is_last_stage=stage.is_last_stage
+                )
+
+    def _random_state_of(self, name: str) -> contextlib.AbstractContextManager[None]:
+        state = self._random_states.get(name)
+        return contextlib.nullcontext() if state is None else state.own()
+
+    def _forward_bridged_encoders(
+        self,
+        input_ids: torch.Tensor,
+        modality_inputs: Mapping[str, Any],
+        row_counts: Mapping[str, Sequence[int]],
+    ) -> dict[str, torch.Tensor]:
+        """Run the encoders on this rank's samples of theirs; returns the rows of its samples of the language model.
+
+        Every rank takes part in every bridge, also where its samples have none of the modality.
+        """
+        self.build_bridges()
+        bridges = self._bridges
+        assert bridges is not None
+        for name in bridges.names:
+            if name not in row_counts:
+                if name not in self.special_token_ids:
+                    raise ValueError(
+                        f"No special token ID defined for modality {name}: expected one of "
+                        f"{sorted(self.special_token_ids)}."
+                    )
+                bridges.tell_counts(name, input_ids, self.special_token_ids[name])
+        rows: dict[str, torch.Tensor] = {}
+        for name, submodule in self.modality_submodules.items():
+            inputs = modality_inputs.get(name)
+            with self._random_state_of(name):
+                output = None if inputs is None else submodule.forward(encoder_inputs=inputs)
+            if output is not None:
+                rows[name] = output
+        num_samples = bridges.num_samples(input_ids)
+        for name in bridges.names:
+            counts = row_counts[name] if name in row_counts else bridges.hear_counts(name)
+            output = rows.get(name)
+            if output is None:
+                output = self._empty_encoder_output(name)
+            # Asked of the weights, not of this output: all ranks must answer alike.
+            trains = any(p.requires_grad for p in self.modality_submodules[name].parameters())
+            if not trains and output.requires_grad and output.size(0):
+                raise ValueError(
+                    f"Rank {_rank()}, module '{name}': expected inputs without gradients for an encoder whose weights "
+                    "are all frozen, got some that require them; no gradient travels back to it."
+                )
+            rows[name] = bridges.carry(name, output, counts, num_samples, trains=trains)
+        return rows
 
     def align_embeddings_by_token_positions(
         self,
@@ -221,7 +334,6 @@ def _check_colocated(grids: dict[str, Any]) -> None:
     """Refuse by name what modules on the language model's ranks cannot do."""
     language = grids[MIMO_LANGUAGE_MODULE_KEY]
     first, end = language.rank_offset, language.rank_offset + language.size
-    expected = _sizes(language)
     for name, grid in grids.items():
         if (grid.rank_offset, grid.size) != (language.rank_offset, language.size):
             raise ValueError(
@@ -229,22 +341,12 @@ def _check_colocated(grids: dict[str, Any]) -> None:
                 f"language module has [{first}, {end}). MimoModel runs all modules on the language module's ranks or "
                 "none: ranges that overlap in part, and layouts that mix both, are not supported."
             )
-        sizes = _sizes(grid)
+        sizes = sizes_of(grid)
         if sizes.get("pp", 1) > 1:
             raise NotImplementedError(
                 f"Rank {_rank()}: colocated module '{name}' has pipeline_model_parallel_size={sizes['pp']}; modules "
                 "on the same ranks run without pipeline parallelism."
             )
-        if sizes != expected:
-            raise NotImplementedError(
-                f"Rank {_rank()}: colocated modules with different parallelism: module '{name}' has {sizes}, the "
-                f"language module has {expected}. Give them equal sizes or disjoint ranks."
-            )
-
-
-def _sizes(grid: Any) -> dict[str, int]:
-    """Dims of a grid that are larger than 1."""
-    return {dim: size for dim, size in zip(grid.dim_names, grid.shape, strict=True) if size > 1}
 
 
 def _check_count(name: str, mask: torch.Tensor, count: int) -> None:

@@ -135,7 +135,6 @@ def test_released_roles_run_every_layout(as_rank, monkeypatch, grids, mode):
 @pytest.mark.parametrize(
     ("images", "language", "error", "message"),
     [
-        (Grid(0, dp=2), Grid(0, tp=2), NotImplementedError, r"different parallelism: module 'images' has \{'dp': 2\}"),
         (Grid(0, pp=2), Grid(0, pp=2), NotImplementedError, r"'images' has pipeline_model_parallel_size=2"),
         (Grid(0, dp=2), Grid(1, dp=2), ValueError, r"Rank 0: module 'images' has ranks \[0, 2\), .*\[1, 3\)"),
     ],
