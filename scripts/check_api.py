@@ -7,6 +7,7 @@ classes with their tests. Checked are, in a few seconds and without any rank:
 * each name exists, and its parameters, default or value are the ones written down;
 * each has a test, and each test that is named exists;
 * each public name of these modules and of their classes is in the table, so that new ones are documented;
+* the places in the released packages that the defects name hold what they should, where those are installed;
 * `docs/api.md` and `docs/defects.md` are what the two files make.
 
     python scripts/check_api.py            check; exit status 1 and one line per problem
@@ -20,13 +21,16 @@ import ast
 import dataclasses
 import enum
 import functools
-import importlib
+import importlib.metadata
+import importlib.util
 import inspect
+import os
+import re
 import sys
 import textwrap
 import tomllib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +47,7 @@ KINDS = (
     "attribute",
     "datum",
 )
+RELEASE = "0.19.2"  # of Megatron-Core, whose lines docs/defects.toml names
 CALLABLE_KINDS = ("function", "method", "classmethod", "staticmethod")
 ORIGINS = ("document", "released", "ours")
 
@@ -356,6 +361,39 @@ def check_tests(where: str, tests: list[str]) -> None:
             raise Problem(f"{where}: test {test!r} does not exist")
 
 
+# --- places in the released packages
+
+
+def check_place(where: str, place: str) -> bool:
+    """Whether the place could be looked up. Raises Problem where that line does not hold the word.
+
+    Only the very releases that the table speaks of are looked at: Megatron-Core where it is installed, Megatron-Bridge
+    in the folder that the environment variable MIMO_EXT_MEGATRON_BRIDGE names.
+    """
+    match = re.fullmatch(r"(\S+):(\d+) (\S+)", place)
+    if match is None:
+        raise Problem(f"{where}: {place!r}: expected file:line and a word of that line")
+    file, line, word = match.groups()
+    folder = _folder_of_release(file)
+    if folder is None:
+        return False
+    lines = (folder / file).read_text().splitlines()
+    if int(line) > len(lines) or word not in lines[int(line) - 1]:
+        raise Problem(f"{where}: {file}:{line} does not hold {word!r}")
+    return True
+
+
+@functools.cache
+def _folder_of_release(file: str) -> Path | None:
+    if file.startswith("megatron/bridge/"):
+        folder = os.environ.get("MIMO_EXT_MEGATRON_BRIDGE")
+        return Path(folder) if folder else None
+    found = importlib.util.find_spec("megatron.core")
+    if found is None or found.origin is None or importlib.metadata.version("megatron-core") != RELEASE:
+        return None
+    return Path(found.origin).parents[2]
+
+
 # --- the pages
 
 
@@ -407,19 +445,18 @@ def check(write: bool = False) -> list[str]:
         if row.where in seen:
             problems.append(f"{row.where}: listed twice")
         seen.add(row.where)
-        for test in (lambda row=row: check_row(row), lambda row=row: check_tests(row.where, row.tests)):
-            try:
-                test()
-            except Problem as problem:
-                problems.append(str(problem))
+        problems += _problems_of(lambda row=row: check_row(row))
+        problems += _problems_of(lambda row=row: check_tests(row.where, row.tests))
     problems += [f"{name}: public, and not in docs/api.toml" for name in missing_names(sections)]
 
     table = tomllib.loads(defects.read_text())
     for defect in table["defect"]:
-        try:
-            check_tests(f"defect {defect['number']}", defect["tests"])
-        except Problem as problem:
-            problems.append(str(problem))
+        name = f"defect {defect['number']}"
+        problems += _problems_of(lambda name=name, defect=defect: check_tests(name, defect["tests"]))
+        for place in defect["seen_in"]:
+            problems += _problems_of(lambda name=name, place=place: check_place(name, place))
+    if [defect["number"] for defect in table["defect"]] != list(range(1, len(table["defect"]) + 1)):
+        problems.append("docs/defects.toml: expected the defects numbered 1, 2, ...")
     pages = {
         "api.md": api_page(sections, tomllib.loads(api.read_text())["introduction"]),
         "defects.md": defects_page(table),
@@ -438,6 +475,14 @@ def check(write: bool = False) -> list[str]:
             f"released classes, {counts['ours']} ours) and {len(table['defect'])} defects, proved by {len(tests)} tests"
         )
     return problems
+
+
+def _problems_of(test: Callable[[], object]) -> list[str]:
+    try:
+        test()
+    except Problem as problem:
+        return [str(problem)]
+    return []
 
 
 def main() -> int:

@@ -259,3 +259,28 @@ def test_the_check_sees_names_that_no_table_has(check_api: ModuleType) -> None:
     assert "mimo_ext.megatron.role.ModuleLayout.UNIFIED" in missing
     assert "mimo_ext.megatron.role.RankRole.mode" not in missing
     assert not [name for name in missing if "._" in name]
+
+
+def test_the_check_looks_places_up(check_api: ModuleType) -> None:
+    place = "megatron/core/pipeline_parallel/bridge_communicator.py"
+    assert check_api.check_place("defect", f"{place}:180 dist.barrier") is True
+    for wrong, message in [
+        (f"{place}:181 dist.barrier", "does not hold 'dist.barrier'"),
+        (f"{place}:99999 dist.barrier", "does not hold"),
+        (f"{place} dist.barrier", "expected file:line and a word"),
+    ]:
+        with pytest.raises(check_api.Problem, match=message):
+            check_api.check_place("defect", wrong)
+
+
+def test_places_in_megatron_bridge_are_looked_up_where_it_is_given(
+    check_api: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    place = "megatron/bridge/x.py:2 word"
+    monkeypatch.delenv("MIMO_EXT_MEGATRON_BRIDGE", raising=False)
+    assert check_api.check_place("defect", place) is False
+    check_api._folder_of_release.cache_clear()
+    (tmp_path / "megatron" / "bridge").mkdir(parents=True)
+    (tmp_path / place.partition(":")[0]).write_text("first\nthe word\n")
+    monkeypatch.setenv("MIMO_EXT_MEGATRON_BRIDGE", str(tmp_path))
+    assert check_api.check_place("defect", place) is True
