@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -20,6 +21,7 @@ BridgeError = _C.BridgeError
 BridgeTimeoutError = _C.BridgeTimeoutError
 
 _AGREEMENT_BYTES = 2048
+_GRACE_S = 10.0  # how long a dropped bridge goes on delivering
 
 
 class Handle:
@@ -127,10 +129,9 @@ class Bridge:
             )
         except Exception as error:
             # The others wait for this rank's word: they get an error too, at once.
-            with contextlib.suppress(ValueError):
-                self._agree(group, f"refused: {error}", 0)
+            refuse_bridge(self.name, error, group)
             raise
-        digest = self._agree(group, text, _C.hash_of(self._source, self._destination))
+        digest = _agree(self.name, group, text, _C.hash_of(self._source, self._destination))
         # After the agreement: ranks that differ would wait for one another here.
         if group is None:
             self._group = dist.new_group(ranks, timeout=timeout, backend="gloo", group_desc=f"mimo_ext {self.name}")
@@ -159,7 +160,8 @@ class Bridge:
             group_ranks=ranks,
         )
         # Worker threads must not outlive the interpreter, even where close() was forgotten.
-        self._finalizer = weakref.finalize(self, self._communicator.close, True)
+        self._last_sends: dict[str, _C.Delivery] = {}
+        self._finalizer = weakref.finalize(self, _end_unclosed, self._communicator, self._last_sends)
 
     # Construction
 
@@ -180,30 +182,6 @@ class Bridge:
             samples=samples,
             shape=list(shape),
             element_size=self.dtype.itemsize,
-        )
-
-    def _agree(self, group: dist.ProcessGroup | None, text: str, layouts: int) -> int:
-        """Hash of everything that must be equal on all ranks, after comparing it with theirs."""
-        exact = f"{text}#{layouts}#{_C.TORCH_VERSION}"
-        digest = int.from_bytes(hashlib.sha256(exact.encode()).digest()[:8], "little") >> 1
-        count = dist.get_world_size(group)
-        mine = torch.tensor([digest], dtype=torch.int64)
-        digests = [torch.empty_like(mine) for _ in range(count)]
-        dist.all_gather(digests, mine, group=group)
-        if all(int(other) == digest for other in digests):
-            return digest
-        line = torch.zeros(_AGREEMENT_BYTES, dtype=torch.uint8)
-        data = text.encode()[:_AGREEMENT_BYTES]
-        line[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        lines = [torch.empty_like(line) for _ in range(count)]
-        dist.all_gather(lines, line, group=group)
-        texts = [bytes(other.numpy()).rstrip(b"\0").decode(errors="replace") for other in lines]
-        # All ranks name the same two: the first rank, and the first that differs from it.
-        other = next(index for index in range(count) if int(digests[index]) != int(digests[0]))
-        ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
-        raise ValueError(
-            f"bridge '{self.name}', rank {self.rank}: the ranks describe different bridges: "
-            f"expected (rank {ranks[0]}) {texts[0]!r}, got (rank {ranks[other]}) {texts[other]!r}"
         )
 
     # Properties
@@ -267,7 +245,7 @@ class Bridge:
         """
         counts = None if row_counts is None else [int(count) for count in row_counts]
         with torch.profiler.record_function("mimo_ext::send_forward"):
-            delivery = self._open.send_forward(x, counts, num_samples)
+            delivery = self._last_sends["forward"] = self._open.send_forward(x, counts, num_samples)
         return Handle(self._open, delivery, lambda _: None)
 
     def send_forward(
@@ -308,7 +286,7 @@ class Bridge:
         None says that there is none; with static shapes, zeros are sent in its place.
         """
         with torch.profiler.record_function("mimo_ext::send_backward"):
-            delivery = self._open.send_backward(dy)
+            delivery = self._last_sends["backward"] = self._open.send_backward(dy)
         return Handle(self._open, delivery, lambda _: None)
 
     def send_backward(self, dy: torch.Tensor | None) -> None:
@@ -363,6 +341,50 @@ def _require_cpu_backend(name: str, group: Any) -> None:
             f"bridge '{name}': expected a process group that takes CPU tensors, got one without ({error}); "
             'use init_process_group("cpu:gloo,cuda:nccl")'
         ) from error
+
+
+def _end_unclosed(communicator: _C.Communicator, last_sends: dict[str, _C.Delivery]) -> None:
+    """What becomes of a bridge that was dropped: the peers still get what was sent, if they ask for it soon."""
+    deadline = time.monotonic() + _GRACE_S
+    while not communicator.closed and time.monotonic() < deadline:
+        if all(delivery.done() for delivery in last_sends.values()):  # sends end in order
+            break
+        time.sleep(0.005)
+    communicator.close(True)
+
+
+def refuse_bridge(name: str, error: Exception, group: dist.ProcessGroup | None = None) -> None:
+    """Collective: what a rank calls in place of the constructor of `Bridge` that the others are in.
+
+    Their constructors raise ValueError with the text of `error`; this rank raises its own error after the call.
+    """
+    with contextlib.suppress(ValueError):
+        _agree(name, group, f"refused: {error}", 0)
+
+
+def _agree(name: str, group: dist.ProcessGroup | None, text: str, layouts: int) -> int:
+    """Hash of everything that must be equal on all ranks, after comparing it with theirs."""
+    exact = f"{text}#{layouts}#{_C.TORCH_VERSION}"
+    digest = int.from_bytes(hashlib.sha256(exact.encode()).digest()[:8], "little") >> 1
+    count = dist.get_world_size(group)
+    mine = torch.tensor([digest], dtype=torch.int64)
+    digests = [torch.empty_like(mine) for _ in range(count)]
+    dist.all_gather(digests, mine, group=group)
+    if all(int(other) == digest for other in digests):
+        return digest
+    line = torch.zeros(_AGREEMENT_BYTES, dtype=torch.uint8)
+    data = text.encode()[:_AGREEMENT_BYTES]
+    line[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    lines = [torch.empty_like(line) for _ in range(count)]
+    dist.all_gather(lines, line, group=group)
+    texts = [bytes(other.numpy()).rstrip(b"\0").decode(errors="replace") for other in lines]
+    # All ranks name the same two: the first rank, and the first that differs from it.
+    other = next(index for index in range(count) if int(digests[index]) != int(digests[0]))
+    ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+    raise ValueError(
+        f"bridge '{name}', rank {dist.get_rank()}: the ranks describe different bridges: "
+        f"expected (rank {ranks[0]}) {texts[0]!r}, got (rank {ranks[other]}) {texts[other]!r}"
+    )
 
 
 def _axes(name: str, ndim: int, batch_dim: int, seq_dim: int | None) -> tuple[int, int]:
