@@ -18,6 +18,7 @@ _HOME = {
     "MimoParallelismConfig": "config",
     "ModuleParallelismConfig": "config",
     "build_hypercomm_grids": "builder",
+    "BridgeCommunicator": "communicator",
     "MultiModulePipelineCommunicator": "communicator",
     "MimoModel": "model",
     "MegatronMIMOInfra": "provider",

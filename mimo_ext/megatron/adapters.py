@@ -1,10 +1,19 @@
-"""2-D tensors on 3-D transfers: the adapters of Megatron's pipeline communicator."""
+"""Shapes and marks of tensors on their way: the adapters of Megatron's pipeline communicator for 2-D tensors."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+
+SPLIT_SIZES_ATTRIBUTE = "_mimo_bridge_split_sizes"  # rows per sample, which Megatron's MimoModel hangs on an output
+
+
+def is_single_shape(shapes: Any) -> bool:
+    """True for one shape of ints, False for None, for a list of shapes and for an unknown shape `()`."""
+    return isinstance(shapes, torch.Size) or (
+        isinstance(shapes, list | tuple) and len(shapes) > 0 and all(isinstance(extent, int) for extent in shapes)
+    )
 
 
 def _prepare_tensor_for_comm(tensor: Any) -> Any:

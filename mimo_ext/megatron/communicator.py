@@ -25,7 +25,8 @@ from torch.profiler import record_function
 
 from mimo_ext import Bridge, Layout
 from mimo_ext.megatron.adapters import _prepare_tensor_for_comm, _restore_tensor_from_comm
-from mimo_ext.megatron.hop import ModuleBridge, Shape, StageCommunicator
+from mimo_ext.megatron.bridge_communicator import BridgeCommunicator, default_device
+from mimo_ext.megatron.hop import Shape, StageCommunicator
 from mimo_ext.megatron.stage_io import Input, Output, StageIO
 from mimo_ext.megatron.topology import (
     DEFAULT_DIM_MAPPING,
@@ -37,6 +38,7 @@ from mimo_ext.megatron.topology import (
 )
 
 __all__ = [
+    "BridgeCommunicator",
     "MultiModulePipelineCommunicator",
     "RankModuleInfo",
     "Shape",
@@ -65,8 +67,8 @@ class RankModuleInfo:
     pp_rank: int
     pp_size: int
     p2p_communicator: StageCommunicator | None
-    bridge_comms_as_src_module: list[ModuleBridge] | None
-    bridge_comms_as_dest_module: list[ModuleBridge] | None
+    bridge_comms_as_src_module: list[BridgeCommunicator] | None
+    bridge_comms_as_dest_module: list[BridgeCommunicator] | None
     is_source_stage: bool | None = True
     is_terminal_stage: bool | None = True
 
@@ -83,7 +85,8 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
             `dim_names`), e.g. `{"images": grid_a, "language": grid_b}`.
         topology: downstream modules of each module, e.g. `{"images": ["language"], "language": []}`.
         config: a ModelParallelConfig; its `pipeline_dtype` (`params_dtype` where that is None) is what travels.
-        dim_mapping: axes of sequence, batch and hidden in 3-D tensors; default `{"s": 0, "b": 1, "h": 2}`. 2-D
+        dim_mapping: axes of sequence, batch and hidden in 3-D tensors; default `{"s": 1, "b": 0, "h": 2}`, as in
+            Megatron's class, although Megatron's own modules give `[s, b, h]`: a warning says so where it matters. 2-D
             tensors are `[rows, h]`.
         module_output_ndim: dimensions of a module's output, 2 or 3; default 3.
         timeout: how long an operation waits for a peer before it raises `BridgeTimeoutError`; default that of
@@ -118,12 +121,12 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
         self.module_output_ndim = module_output_ndim or {}
         self.current_rank = dist.get_rank()
         self.timeout = timeout
-        self.device = torch.device(device) if device is not None else _default_device()
-        self.bridge_comms: list[ModuleBridge] = []
+        self.device = torch.device(device) if device is not None else default_device()
+        self.bridge_comms: list[BridgeCommunicator] = []
         self.rank_module_map: dict[str, RankModuleInfo] = {}
         self._hops: dict[tuple[str, int], Bridge] = {}  # (module, stage) -> bridge from that stage to the next
         self._row_counts: Mapping[str, deque[list[int]]] | None = None
-        self._bridges: list[Bridge] = []
+        self._bridges: list[BridgeCommunicator | Bridge] = []  # all, in the order of their construction
         self._closed = False
 
         refusal: Exception | None = None
@@ -134,6 +137,8 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
         except Exception as error:
             refusal = error
         agree(None if refusal is not None else self._describe(), refusal)
+        if dim_mapping is None and self.current_rank == 0:
+            self._warn_of_default_axes()
         try:
             self._build_bridge_comms()
             self._build_hops()
@@ -149,7 +154,8 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
         check_dim_mapping(self._axes)
         self._grids = check_modules(self.module_to_grid_map, self.topology, dist.get_world_size())
         check_output_ndim(self.module_output_ndim, self._grids)
-        self._layouts = {name: Layout.from_grid(grid, name=name) for name, grid in self.module_to_grid_map.items()}
+        for name, grid in self.module_to_grid_map.items():
+            Layout.from_grid(grid, name=name)  # unknown dims
         dtype = getattr(self.config, "pipeline_dtype", None) or getattr(self.config, "params_dtype", None)
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"config.pipeline_dtype: expected a torch.dtype, got {dtype!r}")
@@ -171,27 +177,43 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
     def _output_ndim(self, module_name: str) -> int:
         return int(self.module_output_ndim.get(module_name, 3))
 
-    def _make_bridge(self, source: Layout, destination: Layout, ndim: int, name: str) -> Bridge:
+    def _warn_of_default_axes(self) -> None:
+        """Where lane counts are equal, lanes pass on what they have; elsewhere the batch axis must be the right one."""
+        lanes = {name: len(Layout.from_grid(grid).lanes()) for name, grid in self.module_to_grid_map.items()}
+        edges = [
+            f"{source} -> {destination}"
+            for source in sorted(self.topology)
+            for destination in sorted(self.topology[source])
+            if self._output_ndim(source) == 3 and lanes[source] != lanes[destination]
+        ]
+        if edges:
+            logger.warning(
+                "%s: batch is taken to be axis 0, as the released class does; Megatron's own modules give [s, b, h]: "
+                "pass dim_mapping",
+                ", ".join(edges),
+            )
+
+    def _bridge_options(self) -> dict[str, Any]:
         # 1F1B has at most one microbatch per stage under way; this bounds the forward-only schedule, too.
-        options: dict[str, Any] = {"max_in_flight": self.total_stages + 1}
-        if self.timeout is not None:
-            options["timeout"] = self.timeout
-        if ndim == 3:
-            options.update(batch_dim=self._axes["b"], seq_dim=self._axes["s"])
-        bridge = Bridge(source, destination, ndim=ndim, dtype=self._dtype, device=self.device, name=name, **options)
-        self._bridges.append(bridge)
-        return bridge
+        options: dict[str, Any] = {"device": self.device, "max_in_flight": self.total_stages + 1}
+        return options if self.timeout is None else {**options, "timeout": self.timeout}
 
     def _build_bridge_comms(self) -> None:
         """Create one bridge per edge of the topology: on every rank, in one sorted order."""
         for source in sorted(self.topology):
             for destination in sorted(self.topology[source]):
-                ndim = self._output_ndim(source)
-                bridge = self._make_bridge(
-                    self._layouts[source], self._layouts[destination], ndim, f"{source} -> {destination}"
+                edge = BridgeCommunicator(
+                    self.module_to_grid_map[source],
+                    self.module_to_grid_map[destination],
+                    self._axes,
+                    self._dtype,
+                    source,
+                    destination,
+                    self._output_ndim(source),
+                    **self._bridge_options(),
                 )
-                grids = self.module_to_grid_map[source], self.module_to_grid_map[destination]
-                self.bridge_comms.append(ModuleBridge(source, destination, *grids, ndim, bridge))
+                self.bridge_comms.append(edge)
+                self._bridges.append(edge)
 
     def _build_hops(self) -> None:
         """Create the bridges between consecutive stages of the modules: on every rank, in one sorted order."""
@@ -201,12 +223,18 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
                 # Lanes of one rank each: every rank exchanges all that it holds with its own coordinate.
                 ours, theirs = grid.stage_ranks(stage), grid.stage_ranks(stage + 1)
                 # 3-D, as P2PCommunicator's: stages may exchange 2-D and 3-D tensors in turn (see the adapters).
-                self._hops[name, stage] = self._make_bridge(
+                hop = Bridge(
                     Layout(ranks=ours, dp=len(ours), name=f"{name} stage {stage}"),
                     Layout(ranks=theirs, dp=len(theirs), name=f"{name} stage {stage + 1}"),
-                    3,
-                    f"{name} stage {stage} -> stage {stage + 1}",
+                    ndim=3,
+                    batch_dim=self._axes["b"],
+                    seq_dim=self._axes["s"],
+                    dtype=self._dtype,
+                    name=f"{name} stage {stage} -> stage {stage + 1}",
+                    **self._bridge_options(),
                 )
+                self._hops[name, stage] = hop
+                self._bridges.append(hop)
 
     def _build_rank_module_info_map(self) -> None:
         """Find out what this rank is in each of its modules, and what it sends and receives there."""
@@ -231,7 +259,7 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
                 is_source_stage=stage == 0 and self._is_source_module(name),
                 is_terminal_stage=stage == last and self._is_sink_module(name),
             )
-            inputs += [Input(edge.src_module_name, edge.bridge, is_hop=False) for edge in incoming]
+            inputs += [Input(str(edge.src_module_name), edge.bridge, is_hop=False) for edge in incoming]
             if previous is not None:
                 inputs.append(Input(name, previous, is_hop=True))
             if outgoing:
@@ -242,9 +270,12 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
         own = [edge.bridge for edge in self.bridge_comms if self._waits_for_itself(edge)]
         self._io = StageIO(self.current_rank, self._dtype, self.device, inputs, outputs, own)
 
-    def _waits_for_itself(self, edge: ModuleBridge) -> bool:
+    def _waits_for_itself(self, edge: BridgeCommunicator) -> bool:
         """True if this rank sends samples over the edge that it also receives from it."""
-        sides = self._layouts[edge.src_module_name].lanes(-1), self._layouts[edge.dest_module_name].lanes(0)
+        sides = (
+            edge.get_boundary_pp_stage_ranks(edge.src_grid, is_src=True),
+            edge.get_boundary_pp_stage_ranks(edge.dest_grid, is_src=False),
+        )
         lanes = [next((i for i, lane in enumerate(side) if self.current_rank in lane), None) for side in sides]
         if lanes[0] is None or lanes[1] is None:
             return False
@@ -454,12 +485,6 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
                 raise
             # What went wrong first is what the user must see.
             logger.warning("rank %d: closing the communicator after an error", self.current_rank, exc_info=True)
-
-
-def _default_device() -> torch.device:
-    if "nccl" in dist.get_backend() and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def _pp_group_getter(grid: Any) -> Any:

@@ -1,84 +1,22 @@
-"""The two kinds of link of a multi-module pipeline, each over one `mimo_ext.Bridge`.
+"""The link between the pipeline stages of one module: rank to same-coordinate rank, over `mimo_ext.Bridge`.
 
-`ModuleBridge` joins two modules: the last pipeline stage of one with the first of the other. `StageCommunicator`
-joins the pipeline stages of one module, rank to same-coordinate rank, and answers to the method names of Megatron's
-P2PCommunicator.
+The link between two modules is `mimo_ext.megatron.bridge_communicator`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mimo_ext.megatron.adapters import is_single_shape
 from mimo_ext.megatron.topology import GridShape
 
 if TYPE_CHECKING:
     from mimo_ext import Bridge
 
 Shape = list[int] | torch.Size
-
-
-class ModuleBridge:
-    """The bridge from one module to another, with the names of both.
-
-    Attributes:
-        src_module_name, dest_module_name: the modules.
-        src_grid, dest_grid: their grids, as they were given.
-        tensor_ndim: 2 (`[rows, h]`) or 3 dimensions of what travels.
-        bridge: the `mimo_ext.Bridge`.
-    """
-
-    def __init__(
-        self,
-        src_module_name: str,
-        dest_module_name: str,
-        src_grid: Any,
-        dest_grid: Any,
-        tensor_ndim: int,
-        bridge: Bridge,
-    ) -> None:
-        self.src_module_name = src_module_name
-        self.dest_module_name = dest_module_name
-        self.src_grid = src_grid
-        self.dest_grid = dest_grid
-        self.tensor_ndim = tensor_ndim
-        self.bridge = bridge
-
-    def __repr__(self) -> str:
-        return f"ModuleBridge({self.src_module_name} -> {self.dest_module_name}, {self.tensor_ndim}-D)"
-
-    def send_forward(self, tensor: torch.Tensor, row_counts: Sequence[int] | None = None) -> None:
-        """Send this lane's output; `row_counts` are the rows of each of its samples (2-D only)."""
-        self.bridge.send_forward(tensor, row_counts=None if row_counts is None else list(row_counts))
-
-    def recv_forward(self) -> torch.Tensor:
-        """The lane's input: a leaf that requires grad."""
-        return self.bridge.recv_forward()
-
-    def send_backward(self, grad: torch.Tensor | None) -> None:
-        self.bridge.send_backward(grad)
-
-    def recv_backward(self) -> torch.Tensor | None:
-        return self.bridge.recv_backward()
-
-    def send_forward_recv_backward(
-        self, tensor: torch.Tensor, row_counts: Sequence[int] | None = None
-    ) -> torch.Tensor | None:
-        self.send_forward(tensor, row_counts)
-        return self.recv_backward()
-
-    def send_backward_recv_forward(self, grad: torch.Tensor | None) -> torch.Tensor:
-        self.send_backward(grad)
-        return self.recv_forward()
-
-
-def is_single_shape(shapes: Any) -> bool:
-    """True for one shape of ints, False for None, for a list of shapes and for an unknown shape `()`."""
-    return isinstance(shapes, torch.Size) or (
-        isinstance(shapes, list | tuple) and len(shapes) > 0 and all(isinstance(extent, int) for extent in shapes)
-    )
 
 
 class StageCommunicator:

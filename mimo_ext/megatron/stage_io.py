@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mimo_ext.megatron.adapters import _prepare_tensor_for_comm, _restore_tensor_from_comm
-from mimo_ext.megatron.hop import is_single_shape
+from mimo_ext.megatron.adapters import (
+    SPLIT_SIZES_ATTRIBUTE,
+    _prepare_tensor_for_comm,
+    _restore_tensor_from_comm,
+    is_single_shape,
+)
 
 if TYPE_CHECKING:
     from mimo_ext import Bridge
-
-SPLIT_SIZES_ATTRIBUTE = "_mimo_bridge_split_sizes"  # rows per sample, which Megatron's MimoModel hangs on an output
 
 
 @dataclass

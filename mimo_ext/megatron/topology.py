@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from mimo_ext._extension import _C
 
-DEFAULT_DIM_MAPPING = {"s": 0, "b": 1, "h": 2}  # Megatron's [s, b, h]
+DEFAULT_DIM_MAPPING = {"s": 1, "b": 0, "h": 2}  # that of Megatron's bridge; its own modules give [s, b, h]
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_model import CONFIG, Case
+from pipeline_model import AXES, CONFIG, Case
 
-from mimo_ext.megatron import communicator, topology
+from mimo_ext.megatron import bridge_communicator, communicator, topology
 
 WAIT_S = 5.0
 
@@ -222,6 +222,9 @@ def fake_bridge_class(world: FakeWorld) -> type:
         def recv_backward(self) -> torch.Tensor | None:
             return self.irecv_backward().wait()
 
+        closed = False
+        _group = None
+
         def close(self, abort: bool = False) -> None:
             world.closed[self.rank].append(self.name)
 
@@ -234,11 +237,13 @@ def install(monkeypatch: pytest.MonkeyPatch, size: int, backend: str = "gloo") -
     fake = FakeDist(world, backend)
     monkeypatch.setattr(communicator, "dist", fake)
     monkeypatch.setattr(topology, "dist", fake)
-    monkeypatch.setattr(communicator, "Bridge", fake_bridge_class(world))
+    bridge_class = fake_bridge_class(world)
+    for module in (communicator, bridge_communicator):
+        monkeypatch.setattr(module, "Bridge", bridge_class)
+    monkeypatch.setattr(bridge_communicator, "dist", fake)
     return world
 
 
 def make(case: Case, **options: Any) -> communicator.MultiModulePipelineCommunicator:
-    return communicator.MultiModulePipelineCommunicator(
-        case.grids, case.topology, CONFIG, module_output_ndim=case.output_ndim, **options
-    )
+    options = {"dim_mapping": AXES, "module_output_ndim": case.output_ndim, **options}
+    return communicator.MultiModulePipelineCommunicator(case.grids, case.topology, CONFIG, **options)

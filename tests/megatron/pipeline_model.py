@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel.schedules import backward_step_multimodule,
 
 HIDDEN = 6
 DTYPE = torch.float64
+AXES = {"s": 0, "b": 1, "h": 2}  # of the 3-D tensors
 CONFIG = SimpleNamespace(pipeline_dtype=DTYPE, grad_scale_func=None, deallocate_pipeline_outputs=True, timers=None)
 
 

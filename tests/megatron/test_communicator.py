@@ -5,6 +5,7 @@ refuses.
 from __future__ import annotations
 
 import inspect
+import logging
 from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from megatron.core.pipeline_parallel import bridge_communicator, multimodule_com
 from pipeline_cases import CASES, SIMPLE
 from pipeline_model import Case, grid
 
+from mimo_ext.megatron import bridge_communicator as our_edges
 from mimo_ext.megatron import communicator as ours
 from mimo_ext.megatron.communicator import (
     MultiModulePipelineCommunicator,
@@ -271,7 +273,7 @@ def test_dtype_device_axes_and_timeout_reach_the_bridges(worlds: Any, monkeypatc
         seen.append(kwargs)
         return fake(*args, **kwargs)
 
-    monkeypatch.setattr(ours, "Bridge", record)
+    monkeypatch.setattr(our_edges, "Bridge", record)
     config = SimpleNamespace(pipeline_dtype=None, params_dtype=torch.bfloat16)
     one = {"language": grid(0, dp=1), "images": grid(0, dp=1)}
 
@@ -281,7 +283,7 @@ def test_dtype_device_axes_and_timeout_reach_the_bridges(worlds: Any, monkeypatc
             one,
             {"images": ["language"], "language": []},
             config,
-            {"s": 1, "b": 0, "h": 2},
+            {"s": 0, "b": 1, "h": 2},
             {"images": 3},
             timeout=timedelta(seconds=3),
             device="meta",
@@ -298,10 +300,31 @@ def test_dtype_device_axes_and_timeout_reach_the_bridges(worlds: Any, monkeypatc
         "device": torch.device("cpu"),
         "name": "images -> language",
     }
-    assert seen[0] == {**common, "batch_dim": 1, "seq_dim": 0}
+    assert seen[0] == {**common, "batch_dim": 0, "seq_dim": 1}  # Megatron's default
     assert seen[1].pop("timeout").seconds == 3
-    assert seen[1] == {**common, "batch_dim": 0, "seq_dim": 1, "device": torch.device("meta")}
+    assert seen[1] == {**common, "batch_dim": 1, "seq_dim": 0, "device": torch.device("meta")}
     assert seen[2] == {**common, "ndim": 2}
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "edges"),
+    [
+        (CASES[4], {}, "language -> generator"),  # 3-D, from two lanes to one; images -> language is 2-D
+        (CASES[4], {"module_output_ndim": {}}, "images -> language, language -> generator"),
+        (CASES[4], {"dim_mapping": pm.AXES}, None),
+        (CASES[3], {"module_output_ndim": {}}, "images -> language"),  # the generator has one lane as images has
+        (CASES[0], {}, None),
+    ],
+)
+def test_axes_that_are_only_assumed_are_named_once_where_they_matter(
+    case: Case, options: dict[str, Any], edges: str | None, worlds: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        worlds(case.world_size).run(lambda rank: make(case, **{"dim_mapping": None, **options}).close())
+    messages = [(record.name, record.getMessage()) for record in caplog.records]
+    text = "batch is taken to be axis 0, as the released class does; Megatron's own modules give [s, b, h]: pass "
+    assert messages == ([] if edges is None else [(ours.logger.name, f"{edges}: {text}dim_mapping")])
+    assert ours.logger.name == "mimo_ext.megatron.communicator"
 
 
 def test_the_operations_are_named_in_a_profile(worlds: Any) -> None:

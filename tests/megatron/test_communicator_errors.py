@@ -289,8 +289,8 @@ def test_a_rank_that_refuses_alone_takes_the_others_with_it(worlds: Any) -> None
         ),
         ({"module_output_ndim": {"images": 2}}, [r"module_output_ndim.images: expected 3, got 2"]),
         (
-            {"dim_mapping": {"s": 1, "b": 0, "h": 2}},
-            [r"dim_mapping.b: expected 1, got 0", r"dim_mapping.s: expected 0, got 1"],
+            {"dim_mapping": {"s": 0, "b": 1, "h": 2}},
+            [r"dim_mapping.b: expected 0, got 1", r"dim_mapping.s: expected 1, got 0"],
         ),
         (
             {"config": SimpleNamespace(pipeline_dtype=torch.bfloat16)},

@@ -28,9 +28,8 @@ ALL_CASES = [*CASES, *MORE_CASES]
 
 
 def make(case: Case, **options: Any) -> Any:
-    return MultiModulePipelineCommunicator(
-        case.grids, case.topology, pm.CONFIG, module_output_ndim=case.output_ndim, **options
-    )
+    options = {"dim_mapping": pm.AXES, "module_output_ndim": case.output_ndim, **options}
+    return MultiModulePipelineCommunicator(case.grids, case.topology, pm.CONFIG, **options)
 
 
 def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -101,7 +100,7 @@ def megatrons_own_schedule(rank: int, world_size: int) -> list[str]:
         with (
             mimo_ext.megatron.cpu(),
             MultiModulePipelineCommunicator(
-                case.grids, case.topology, config, module_output_ndim=case.output_ndim
+                case.grids, case.topology, config, pm.AXES, case.output_ndim
             ) as communicator,
         ):
             if rank >= case.world_size:
