@@ -69,6 +69,10 @@ class MimoModel(_CoreMimoModel):
         super().__init__(dataclasses.replace(mimo_config, module_to_grid_map=None), cp_group, tp_group)
         self._role_is_fixed = False
         self.mimo_config = mimo_config
+        for submodule in self.modality_submodules.values():
+            # What finalize_model_grads asks of every pipelined module, to sum the gradients of tied embeddings.
+            submodule.pre_process = submodule.is_first_stage
+            submodule.share_embeddings_and_output_weights = False
         self.pg_collection: Any = None
         self.row_counts: dict[str, deque[list[int]]] = {name: deque(maxlen=1) for name in modality_names}
 
@@ -216,6 +220,32 @@ class MimoModel(_CoreMimoModel):
                 )
             rows[name] = bridges.carry(name, output, counts, num_samples, trains=trains)
         return rows
+
+    def _shard_language_inputs(
+        self,
+        embeddings: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        loss_mask: torch.Tensor | None,
+        packed_seq_params: Any = None,
+    ) -> tuple[Any, ...]:
+        """Cut the sequence for context and sequence parallelism, on every stage of the language model.
+
+        Raises:
+            ValueError: the sequence does not divide into the parts of the ranks.
+        """
+        if self.partition_adapter is not None and packed_seq_params is None:
+            sharding = self.partition_adapter.cfg
+            parts = 2 * sharding.cp_group.size() if sharding.use_cp else 1
+            parts *= sharding.tp_group.size() if sharding.seq_parallel else 1
+            lengths = {"embeddings": embeddings, "labels": labels, "loss_mask": loss_mask}
+            for name, tensor in lengths.items():
+                length = None if tensor is None else tensor.size(0 if name == "embeddings" else 1)
+                if length is not None and length % parts:
+                    raise ValueError(
+                        f"Rank {_rank()}, module '{MIMO_LANGUAGE_MODULE_KEY}': expected a sequence length divisible by "
+                        f"{parts} for context and sequence parallelism, got {name} of length {length}."
+                    )
+        return super()._shard_language_inputs(embeddings, labels, loss_mask, packed_seq_params)
 
     def align_embeddings_by_token_positions(
         self,
