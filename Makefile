@@ -11,6 +11,7 @@ MAX_JOBS ?= 2
 CXX ?= g++
 DEMO_ARGS ?=
 CHECK_ARGS ?=
+CASES ?=
 PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -28,6 +29,7 @@ help:
 	@echo "make demo      set up (first time), then train the example: a vision-language model that reads handwriting"
 	@echo "make check     the example's parallel layouts against one process, loss by loss"
 	@echo "make check-api every documented name and every known defect has its test, and is what the tables say"
+	@echo "make check-grad weights after training, over many layouts and losses, against one process"
 	@echo "make test      all tests: lint, C++, Python, distributed, Megatron"
 	@echo "make build     set up and install the extension into $(VENV)"
 	@echo "make lint      formatting, lint and types; make format mends the formatting"
@@ -78,6 +80,11 @@ check: $(VENV)/.example $(VENV)/.built
 .PHONY: check-api
 check-api: $(VENV)/.example $(VENV)/.built
 	$(PY) -P scripts/check_api.py
+
+# CASES: parts of the names of the cases to run, e.g. CASES="cp sp". All by default.
+.PHONY: check-grad
+check-grad: $(VENV)/.test $(VENV)/.built
+	PYTHONPATH=tests:tests/megatron $(PY) -P -W ignore tests/megatron/grad_check.py $(CASES)
 
 # --- Tests. -P keeps the source folder off the path: what is tested is the installed package.
 
