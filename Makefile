@@ -30,6 +30,7 @@ help:
 	@echo "make check     the example's parallel layouts against one process, loss by loss"
 	@echo "make check-api every documented name and every known defect has its test, and is what the tables say"
 	@echo "make check-grad weights after training, over many layouts and losses, against one process"
+	@echo "make check-colocated    the same for layouts whose modules share their ranks"
 	@echo "make test      all tests: lint, C++, Python, distributed, Megatron"
 	@echo "make build     set up and install the extension into $(VENV)"
 	@echo "make lint      formatting, lint and types; make format mends the formatting"
@@ -76,6 +77,10 @@ demo: $(VENV)/.example $(VENV)/.built
 .PHONY: check
 check: $(VENV)/.example $(VENV)/.built
 	$(PY) -P $(EXAMPLE) --check $(CHECK_ARGS)
+
+.PHONY: check-colocated
+check-colocated: $(VENV)/.example $(VENV)/.built
+	$(PY) -P $(EXAMPLE) --check colocated $(CHECK_ARGS)
 
 .PHONY: check-api
 check-api: $(VENV)/.example $(VENV)/.built

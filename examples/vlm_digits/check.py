@@ -41,6 +41,17 @@ LAYOUTS = (
     "images: tp=2,dp=2; language: dp=2,pp=2",
     "language: tp=2; images: dp=2",  # the language model on the first ranks
 )
+COLOCATED_LAYOUTS = (
+    "images: ranks=0-1,dp=2; language: ranks=0-1,dp=2",  # equal: nothing is sent
+    "images: ranks=0-1,dp=2; language: ranks=0-1,tp=2",  # fan-in
+    "images: ranks=0-1,tp=2; language: ranks=0-1,dp=2",  # fan-out
+    "images: ranks=0-3,tp=2,dp=2; language: ranks=0-3,dp=4",
+    "images: ranks=0-3,dp=4; language: ranks=0-3,tp=2,dp=2",
+    "images: ranks=0-3,tp=4; language: ranks=0-3,dp=4",
+    "images: ranks=0-3,dp=4; language: ranks=0-3,tp=4",
+    "images: ranks=0-3,tp=4; language: ranks=0-3,tp=2,dp=2",
+    "language: ranks=0-5,tp=2,dp=3; images: ranks=0-5,dp=6",
+)
 FIRST_LAYER = "modality_submodules.images.encoders.vit.patch_embedding.weight"
 
 
@@ -78,7 +89,11 @@ class Comparison:
 def check_layouts(seed: int = 0, layouts: tuple[str, ...] = LAYOUTS, steps: int = STEPS) -> int:
     """Compare every layout with the single process and print a table; returns the exit code for the shell."""
     print(f"{steps} steps of the same model, weights and data; largest relative difference to one process (fp32)\n")
-    print(f"  {'layout':<42} {'ranks':>5} {'loss':>9} {'1st layer':>10} {'worst grad':>11} {'seconds':>8}", flush=True)
+    width = max(len(layout) for layout in layouts)
+    print(
+        f"  {'layout':<{width}} {'ranks':>5} {'loss':>9} {'1st layer':>10} {'worst grad':>11} {'seconds':>8}",
+        flush=True,
+    )
     wrong = []
     with tempfile.TemporaryDirectory(prefix="vlm_digits_check_") as name:
         folder = Path(name)
@@ -92,7 +107,7 @@ def check_layouts(seed: int = 0, layouts: tuple[str, ...] = LAYOUTS, steps: int 
                 wrong.append(layout)
             ranks = parse_layout(layout).world_size
             errors = f"{found.loss_error:>9.1e} {found.first_layer_error:>10.1e} {found.worst_gradient[1]:>11.1e}"
-            print(f"  {layout:<42} {ranks:>5} {errors} {seconds:>8.1f}{verdict}", flush=True)
+            print(f"  {layout:<{width}} {ranks:>5} {errors} {seconds:>8.1f}{verdict}", flush=True)
     if wrong:
         print(f"\n{len(wrong)} of {len(layouts)} layouts differ by more than {TOLERANCE:g}", file=sys.stderr)
         return 1

@@ -22,12 +22,20 @@ class History:
 
 @dataclass(frozen=True)
 class Transfer:
-    """One arrow of the picture: `sender` gives `receiver` a part of what one microbatch moves."""
+    """One arrow of the picture: `sender` gives `receiver` a part of what one microbatch moves.
 
-    sender: int
-    receiver: int
+    Either is (module, rank). Where modules share ranks, a rank also gives to itself: that part is copied, not sent.
+    """
+
+    sender: tuple[str, int]
+    receiver: tuple[str, int]
     share: float = 0.0  # of the payload of the microbatch
     copy: bool = False  # handed on to a replica in the same lane
+
+    @property
+    def stays(self) -> bool:
+        """Whether it never leaves its rank."""
+        return self.sender[1] == self.receiver[1]
 
 
 class Progress:
@@ -138,7 +146,7 @@ def _draw_layout(figure: Any, layout: VlmLayout, transfers: Sequence[Transfer]) 
         "one microbatch, forward: the share of its payload on each arrow (gradients take the same ways back)"
     )
     axes.axis("off")
-    place: dict[int, tuple[float, float]] = {}
+    place: dict[tuple[str, int], tuple[float, float]] = {}
     column = 0
     colors = {"images": "#cfe2f3", "language": "#d9ead3"}
     modules = sorted(layout.modules.values(), key=lambda module: module.name != "images")  # as the data flows
@@ -152,7 +160,7 @@ def _draw_layout(figure: Any, layout: VlmLayout, transfers: Sequence[Transfer]) 
                 lane = module.lane(rank)
                 index = (rank - module.first_rank) % (module.tp * module.dp)
                 x, y = 3.4 * column, (tallest - height) / 2 + index + 0.5 * lane
-                place[rank] = (x, y)
+                place[module.name, rank] = (x, y)
                 box = FancyBboxPatch(
                     (x - 0.62, y - 0.33),
                     1.24,
@@ -178,9 +186,8 @@ def _draw_layout(figure: Any, layout: VlmLayout, transfers: Sequence[Transfer]) 
             )
             arrow.set(color="tab:orange", linestyle="--")
         else:
-            arrow = FancyArrowPatch(
-                (x0 + 0.66, y0), (x1 - 0.66, y1), arrowstyle="-|>", mutation_scale=11, color="tab:blue"
-            )
+            arrow = FancyArrowPatch((x0 + 0.66, y0), (x1 - 0.66, y1), arrowstyle="-|>", mutation_scale=11)
+            arrow.set(color="tab:gray" if transfer.stays else "tab:blue")
             if transfer.share:
                 at = 0.3
                 axes.text(
@@ -193,9 +200,13 @@ def _draw_layout(figure: Any, layout: VlmLayout, transfers: Sequence[Transfer]) 
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
                 )
         axes.add_patch(arrow)
-    axes.plot([], [], color="tab:blue", label="sent across")
-    axes.plot([], [], color="tab:orange", linestyle="--", label="handed on to the replicas of a lane")
-    axes.legend(loc="lower center", ncols=2, fontsize=8, frameon=False)
+    if not all(transfer.stays for transfer in transfers):
+        axes.plot([], [], color="tab:blue", label="sent across")
+    if any(transfer.stays for transfer in transfers):
+        axes.plot([], [], color="tab:gray", label="stays on its rank")
+    if any(transfer.copy for transfer in transfers):
+        axes.plot([], [], color="tab:orange", linestyle="--", label="handed on to the replicas of a lane")
+    axes.legend(loc="lower center", ncols=3, fontsize=8, frameon=False)
     axes.set(xlim=(-1.2, 3.4 * (column - 1) + 1.4), ylim=(tallest + 0.3, -1.3))
 
 

@@ -16,6 +16,7 @@ from mimo_ext.megatron import cpu
 
 from .data import TEST, Numbers
 from .layout import VlmLayout, check_world
+from .model import IMAGES, LANGUAGE
 from .report import History, Progress, Transfer, draw, final_table
 from .trainer import Reading, Recipe, Trainer
 
@@ -102,23 +103,26 @@ def _at_least(count: int, multiple: int) -> int:
 
 
 def plan_transfers(layout: VlmLayout, trainer: Trainer) -> list[Transfer]:
-    """The forward messages of a microbatch whose samples are equal, as the bridges plan them.
+    """The forward messages of a microbatch whose samples are equal, as the bridge plans them.
 
     Asked before the first microbatch: afterwards a rank's plan has that microbatch's rows, of its own lane alone.
     """
     transfers = []
-    for edge in trainer.communicator.bridge_comms:
-        sends, copies = [], []
-        for rank in range(layout.world_size):
-            messages = edge.bridge.plan.for_rank(rank)
-            sends += messages["sends"]
-            copies += messages["lane_sends"]
-        volumes = [math.prod(size for _, size in message["send_box"]) for message in sends]
-        for message, volume in zip(sends, volumes, strict=True):
-            transfers.append(Transfer(message["sender"], message["receiver"], volume / sum(volumes)))
-        transfers += sorted({Transfer(m["sender"], m["receiver"], copy=True) for m in copies}, key=repr)
+    if trainer.bridge is None:  # equal modules on the same ranks: each rank keeps what it makes
+        return [Transfer((IMAGES, rank), (LANGUAGE, rank)) for rank in range(layout.world_size)]
+    sends, copies = [], []
+    for rank in range(layout.world_size):
+        messages = trainer.bridge.plan.for_rank(rank)
+        sends += messages["sends"]
+        copies += messages["lane_sends"]
+    volumes = [math.prod(size for _, size in message["send_box"]) for message in sends]
+    for message, volume in zip(sends, volumes, strict=True):
+        share = volume / sum(volumes)
+        transfers.append(Transfer((IMAGES, message["sender"]), (LANGUAGE, message["receiver"]), share))
+    lane_copies = {Transfer((LANGUAGE, m["sender"]), (LANGUAGE, m["receiver"]), copy=True) for m in copies}
+    transfers += sorted(lane_copies, key=repr)
     for module in layout.modules.values():  # between pipeline stages: to the same coordinate
         per_stage = module.tp * module.dp
         stages = [rank for rank in module.ranks if module.stage(rank) < module.pp - 1]
-        transfers += [Transfer(rank, rank + per_stage) for rank in stages]
+        transfers += [Transfer((module.name, rank), (module.name, rank + per_stage)) for rank in stages]
     return transfers

@@ -4,6 +4,7 @@
     python examples/vlm_digits/train.py
     python examples/vlm_digits/train.py --layout "images: tp=2,dp=2; language: dp=2,pp=2"
     torchrun --nproc-per-node 4 examples/vlm_digits/train.py --layout "images: dp=2; language: tp=2"
+    python examples/vlm_digits/train.py --layout "images: ranks=0-3,tp=2,dp=2; language: ranks=0-3,dp=4"
     python examples/vlm_digits/train.py --check
 
 Run by itself it starts the ranks that the layout needs, all on this machine; under torchrun it is one of the ranks.
@@ -34,7 +35,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--layout",
         default=DEFAULT_LAYOUT,
-        help="ranks of each module, in order: tp (tensor), dp (data), pp (pipeline) (default: '%(default)s')",
+        help="sizes of each module: tp (tensor), dp (data), pp (pipeline). Its ranks follow those of the module before "
+        "it; ranks=FIRST-LAST names them instead, and both modules may have the same ranks (default: '%(default)s')",
     )
     parser.add_argument("--seed", type=int, default=0, help="decides the data split, the data order and the weights")
     parser.add_argument("--steps", type=int, default=800, help="updates of the weights (default: %(default)s)")
@@ -51,8 +53,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for a peer (default: %(default)s)")
     parser.add_argument(
         "--check",
-        action="store_true",
-        help="instead of training: compare the first steps with one process without parallelism, for many layouts",
+        nargs="?",
+        choices=("disjoint", "colocated"),
+        const="disjoint",
+        help="instead of training: compare the first steps with one process without parallelism, for many layouts in "
+        "which each module has ranks of its own (disjoint, the default) or both have the same (colocated)",
     )
     return parser.parse_args(arguments)
 
@@ -85,10 +90,11 @@ def main(arguments: list[str] | None = None) -> int:
     quiet()
     hide_gpus()
     if options.check:
-        from vlm_digits.check import check_layouts
+        from vlm_digits.check import COLOCATED_LAYOUTS, LAYOUTS, check_layouts
 
+        layouts = COLOCATED_LAYOUTS if options.check == "colocated" else LAYOUTS
         try:
-            return check_layouts(seed=options.seed)
+            return check_layouts(options.seed, layouts)
         except KeyboardInterrupt:
             print("\nstopped by SIGINT; all ranks have ended", file=sys.stderr)
             return 130

@@ -1,4 +1,4 @@
-"""Training over a layout: Megatron's MimoModel, DDP, 1F1B schedule and optimizer around mimo_ext's bridge."""
+"""Training over a layout: Megatron's MimoModel, DDP, schedules and optimizer around mimo_ext's bridge."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.mimo.optimizer import get_mimo_optimizer
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_no_pipelining,
+    forward_backward_pipelining_without_interleaving,
+)
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from megatron.core.utils import get_model_config
 
+from mimo_ext import Bridge
 from mimo_ext.megatron import cpu
 from mimo_ext.megatron.communicator import MultiModulePipelineCommunicator
 from mimo_ext.megatron.config import MimoParallelismConfig, ModuleParallelismConfig
@@ -74,6 +78,10 @@ class Reading:
 class Trainer:
     """The model, the bridge and the optimizer of this rank. Collective over the default process group.
 
+    Modules on ranks of their own run under the 1F1B schedule, with a communicator that carries rows from one to the
+    other. Modules on the same ranks run one after the other, under the schedule without a pipeline: there the model
+    itself carries the rows, within its forward pass.
+
     Args:
         layout: which ranks run which module; it covers the default group.
         numbers: the data.
@@ -91,27 +99,31 @@ class Trainer:
         timeout: timedelta = timedelta(seconds=60),
     ) -> None:
         self.layout, self.numbers, self.recipe = layout, numbers, recipe
-        self.module = layout.module_of(dist.get_rank())
-        self.lane = self.module.lane(dist.get_rank())
+        self.modules = layout.modules_of(dist.get_rank())
         provider = build_provider(layout)
         self.infra = provider.get_or_build_infra()
-        cpu.manual_seed(recipe.seed, self.infra.pg_collections[self.module.name])
+        home = LANGUAGE if LANGUAGE in self.modules else IMAGES
+        cpu.manual_seed(recipe.seed, self.infra.pg_collections[home])
         hook = None if load is None else partial(_call_on_first, load)
         self.model = provider.provide_distributed_model(
             ddp_config=DistributedDataParallelConfig(overlap_grad_reduce=False, use_distributed_optimizer=False),
             pre_wrap_hook=hook,
         )[0]
         self.config = get_model_config(self.model)
-        self.communicator = MultiModulePipelineCommunicator(
-            self.infra.module_to_grid_map,
-            self.infra.topology,
-            self.config,
-            dim_mapping={"s": 0, "b": 1, "h": 2},
-            module_output_ndim=self.infra.module_output_ndim,
-            timeout=timeout,
-            device="cpu",
-            model=self.model,
-        )
+        self.communicator: MultiModulePipelineCommunicator | None = None
+        if layout.colocated:
+            self.model.build_bridges(timeout)
+        else:
+            self.communicator = MultiModulePipelineCommunicator(
+                self.infra.module_to_grid_map,
+                self.infra.topology,
+                self.config,
+                dim_mapping={"s": 0, "b": 1, "h": 2},
+                module_output_ndim=self.infra.module_output_ndim,
+                timeout=timeout,
+                device="cpu",
+                model=self.model,
+            )
         self.pg_collection = build_pg_collection_for_schedule(self.infra)
         self.module_to_grid = get_module_to_grid_tuple(self.model, self.infra)
         self.config.no_sync_func = partial(multimodule_no_sync, module_to_grid_tuple=self.module_to_grid)
@@ -137,7 +149,15 @@ class Trainer:
     @property
     def computes_loss(self) -> bool:
         """Whether this rank runs the last stage of the language model."""
-        return bool(self.communicator.is_pp_last_stage)
+        return self.communicator is None or bool(self.communicator.is_pp_last_stage)
+
+    @property
+    def bridge(self) -> Bridge | None:
+        """The bridge from the encoder to the language model; None where each rank keeps the rows that it makes."""
+        if self.communicator is not None:
+            return self.communicator.bridge_comms[0].bridge
+        bridges = self.model.colocated_bridges
+        return None if bridges is None else bridges.bridge_of(IMAGES)
 
     def gradients(self, step: int) -> StepResult:
         """Forward and backward of all microbatches of `step`; leaves the finished gradients in ``param.main_grad``."""
@@ -194,7 +214,7 @@ class Trainer:
 
     def close(self) -> None:
         """Close the bridges; collective."""
-        self.communicator.close()
+        (self.communicator or self.model).close()
 
     def _chosen(self, batch: NumberBatch) -> torch.Tensor:
         """Likeliest token at every position of every sample, int64 ``[B, S]``, on every rank."""
@@ -204,8 +224,9 @@ class Trainer:
         with torch.no_grad():
             found = self._run(batch, microbatches, self._likeliest, forward_only=True)
         if self.computes_loss and self.pg_collection[LANGUAGE].tp.rank() == 0:
-            share = chosen.size(1) // self.module.dp
-            chosen[:, self.lane * share : (self.lane + 1) * share] = torch.stack(found)
+            language = self.modules[LANGUAGE]
+            lane, share = language.lane(dist.get_rank()), chosen.size(1) // language.dp
+            chosen[:, lane * share : (lane + 1) * share] = torch.stack(found)
         dist.all_reduce(chosen)
         return chosen.flatten(0, 1)
 
@@ -217,29 +238,45 @@ class Trainer:
         self, batch: NumberBatch, microbatches: int, outcome: Callable[..., Any], forward_only: bool
     ) -> list[torch.Tensor]:
         size = len(batch) // microbatches
-        lanes = (batch.samples(i * size, (i + 1) * size).lane(self.lane, self.module.dp) for i in range(microbatches))
+        parts = (batch.samples(i * size, (i + 1) * size) for i in range(microbatches))
+        options = {
+            "forward_step_func": partial(self._forward, outcome, forward_only),
+            "data_iterator": ({name: self._lane(name, part) for name in self.modules} for part in parts),
+            "model": self.model,
+            "num_microbatches": microbatches,
+            "seq_length": SEQUENCE_LENGTH,
+            "micro_batch_size": size,
+            "forward_only": forward_only,
+            "collect_non_loss_data": forward_only,
+        }
+        if self.communicator is None:
+            return forward_backward_no_pipelining(**options, pg_collection=self.pg_collection[LANGUAGE])
         return forward_backward_pipelining_without_interleaving(
-            forward_step_func=partial(self._forward, outcome, forward_only),
-            data_iterator=lanes,
-            model=self.model,
-            num_microbatches=microbatches,
-            seq_length=SEQUENCE_LENGTH,
-            micro_batch_size=size,
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
-            p2p_communicator=self.communicator,
-            pg_collection=self.pg_collection,
+            **options, p2p_communicator=self.communicator, pg_collection=self.pg_collection
         )
 
+    def _lane(self, name: str, microbatch: NumberBatch) -> NumberBatch:
+        """The samples of this rank's lane of module `name`. Modules on the same ranks may have different lanes."""
+        module = self.modules[name]
+        return microbatch.lane(module.lane(dist.get_rank()), module.dp)
+
     def _forward(
-        self, outcome: Callable[..., Any], forward_only: bool, lanes: Iterator[NumberBatch], model: torch.nn.Module
+        self,
+        outcome: Callable[..., Any],
+        forward_only: bool,
+        lanes: Iterator[dict[str, NumberBatch]],
+        model: torch.nn.Module,
     ) -> tuple[Any, Callable[..., Any]]:
-        batch = next(lanes)
-        if self.module.name == IMAGES:
-            output, _ = model(input_ids=batch.input_ids, modality_inputs={IMAGES: {ENCODER: {"images": batch.images}}})
-        else:
-            labels = batch.labels if self.computes_loss and not forward_only else None
-            output, _ = model(input_ids=batch.input_ids, position_ids=batch.position_ids, labels=labels)
+        lane = next(lanes)
+        inputs = {IMAGES: {ENCODER: {"images": lane[IMAGES].images}}} if IMAGES in lane else None
+        if LANGUAGE not in lane:
+            output, _ = model(input_ids=lane[IMAGES].input_ids, modality_inputs=inputs)
+            return output, partial(outcome, lane[IMAGES])
+        batch = lane[LANGUAGE]
+        labels = batch.labels if self.computes_loss and not forward_only else None
+        output, _ = model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, labels=labels, modality_inputs=inputs
+        )
         return output, partial(outcome, batch)
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from megatron.core.enums import ModelType
 from megatron.core.models.mimo import MimoModel as _CoreMimoModel
 from megatron.core.models.mimo.config import MimoModelConfig
 
@@ -34,6 +35,7 @@ class MimoModel(_CoreMimoModel):
             encoder. The communicator takes the entry when it sends the output. An entry that nobody took is replaced
             by the next forward's; an empty queue means that the counts are unknown.
         pg_collection: groups of this rank's module, set by the provider; Float16Module reads it.
+        model_type: what the schedule without a pipeline asks of every model.
 
     Modules on the language model's ranks may have other TP, CP and DP sizes than it has: see
     `mimo_ext.megatron.colocated` for which samples each rank gets then. The bridges between them are built by the first
@@ -74,6 +76,7 @@ class MimoModel(_CoreMimoModel):
             submodule.pre_process = submodule.is_first_stage
             submodule.share_embeddings_and_output_weights = False
         self.pg_collection: Any = None
+        self.model_type = ModelType.encoder_or_decoder
         self.row_counts: dict[str, deque[list[int]]] = {name: deque(maxlen=1) for name in modality_names}
 
     @property

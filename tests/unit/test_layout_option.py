@@ -26,12 +26,40 @@ def test_ranks_are_given_out_in_order() -> None:
     assert [language.lane(rank) for rank in language.ranks] == [0, 1, 0, 1]
     assert [language.stage(rank) for rank in language.ranks] == [0, 0, 1, 1]
     assert layout.world_size == 8
-    assert [layout.module_of(rank).name for rank in (0, 3, 4, 7)] == ["images", "images", "language", "language"]
+    assert [list(layout.modules_of(rank)) for rank in (0, 3, 4, 7)] == [["images"]] * 2 + [["language"]] * 2
+    assert not layout.colocated
 
 
 def test_order_of_modules_is_the_users() -> None:
     layout = parse_layout("language: tp=2; images: dp=3")
     assert (list(layout.modules["language"].ranks), list(layout.modules["images"].ranks)) == ([0, 1], [2, 3, 4])
+
+
+def test_modules_may_have_the_same_ranks() -> None:
+    layout = parse_layout("images: ranks=0-3,tp=2,dp=2; language: dp=4, ranks = 0 - 3")
+    assert layout.colocated
+    assert layout.world_size == 4
+    assert list(layout.modules_of(3)) == ["images", "language"]
+    assert [layout.modules["images"].lane(rank) for rank in range(4)] == [0, 0, 1, 1]
+    assert [layout.modules["language"].lane(rank) for rank in range(4)] == [0, 1, 2, 3]
+    assert str(layout) == "images: ranks=0-3,tp=2,dp=2; language: ranks=0-3,dp=4"
+    with pytest.raises(LayoutError, match="needs 4 ranks shared by all modules, but 8 were started"):
+        check_world(layout, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("images: ranks=0-3,dp=4; language: ranks=4-5,tp=2", "images: dp=4; language: tp=2"),
+        ("images: ranks=2-3,dp=2; language: ranks=0-1,tp=2", "images: ranks=2-3,dp=2; language: ranks=0-1,tp=2"),
+        ("images: ranks=0; language: ranks=0", "images: ranks=0,tp=1; language: ranks=0,tp=1"),
+        ("images: dp=2; language: ranks=0-1,tp=2", "images: ranks=0-1,dp=2; language: ranks=0-1,tp=2"),
+    ],
+)
+def test_named_ranks_are_written_where_they_say_something(text: str, plain: str) -> None:
+    layout = parse_layout(text)
+    assert str(layout) == plain
+    assert parse_layout(plain) == layout
 
 
 @pytest.mark.parametrize("text", ["images: dp=2; language: tp=2", "images:dp = 2 ;language: tp=2,pp=1;"])
@@ -64,6 +92,15 @@ def test_one_rank_each(text: str) -> None:
         ("images: tp=8; language: tp=1", ["images: tp=8", "4 attention heads"]),
         ("images: pp=2; language: tp=1", ["images: pp=2 is not possible", "use tp or dp"]),
         ("images: dp=2; language: pp=3", ["language: pp=3", "2 transformer layers"]),
+        ("images: ranks=0-1,dp=2; language: ranks=1-2,tp=2", ["images (ranks 0-1)", "language (ranks 1-2)", "overlap"]),
+        ("images: ranks=0-3,dp=4; language: ranks=0-1,tp=2", ["overlap in part"]),
+        ("images: ranks=0-1,dp=2; language: ranks=3-4,tp=2", ["no module runs on rank 2"]),
+        ("images: ranks=2-3,dp=2; language: ranks=2-3,tp=2", ["no module runs on ranks 0-1"]),
+        ("images: ranks=0-1,dp=2; language: ranks=0-1,pp=2", ["language: pp=2 is not possible on ranks that both"]),
+        ("images: ranks=0-3,dp=2; language: tp=2", ["images: ranks=0-3 are 4 ranks", "1 * 2 * 1 = 2"]),
+        ("images: ranks=0-1,ranks=0-1,dp=2; language: tp=2", ["images: ranks is given twice"]),
+        ("images: ranks=1-0,dp=2; language: tp=2", ["images: ranks must be the first and the last", "'1-0'"]),
+        ("images: ranks=,dp=2; language: tp=2", ["images: ranks must be the first and the last", "''"]),
         ("images: dp=2; language: cp=2", ["language: cp > 1 is not possible"]),
     ],
 )
@@ -110,6 +147,7 @@ def test_ranks_that_were_started() -> None:
     ("arguments", "words"),
     [
         (["--layout", "images: dp=2; language: tp=3"], "language: tp=3 does not divide the 4 attention heads"),
+        (["--layout", "images: ranks=0-1,dp=2; language: ranks=1-2,tp=2"], "overlap in part"),
         (["--batch", "7"], "a batch of 7 samples does not split into 2 equal microbatches"),
         (["--layout", "images: dp=3; language: tp=1", "--batch", "32"], "images: dp=3 does not divide a microbatch"),
         (["--steps", "0"], "--steps"),
