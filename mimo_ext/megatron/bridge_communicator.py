@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
@@ -183,6 +184,18 @@ class BridgeCommunicator(_MegatronBridge):
     def _batch_dim(self) -> int:
         """The axis along which lanes are cut."""
         return 0 if self.tensor_ndim == 2 else self.dim_mapping["b"]
+
+    @property
+    def row_parts(self) -> int:
+        """Rows without counts must split into so many equal parts on each source rank, to be cut for the lanes."""
+        return math.lcm(len(self.src_tp_leaders), len(self.dest_tp_leaders)) // len(self.src_tp_leaders)
+
+    @property
+    def meets_itself(self) -> bool:
+        """True if this rank sends samples that it also receives: it must send before it receives."""
+        if not self.src_grid_broadcast_ranks or not self.dest_grid_broadcast_ranks:
+            return False
+        return self.dest_grid_broadcast_ranks[0] in self.comm_map[self.src_grid_broadcast_ranks[-1]].send_to_ranks
 
     @property
     def bridge_pg(self) -> dist.ProcessGroup | None:

@@ -9,8 +9,9 @@ and every combined operation sends before it receives, so that encoders of unequ
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -35,6 +36,7 @@ from mimo_ext.megatron.topology import (
     check_modules,
     check_output_ndim,
     count_stages,
+    warn_of_assumed_axes,
 )
 
 __all__ = [
@@ -138,7 +140,7 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
             refusal = error
         agree(None if refusal is not None else self._describe(), refusal)
         if dim_mapping is None and self.current_rank == 0:
-            self._warn_of_default_axes()
+            warn_of_assumed_axes(logger, self.topology, self.module_to_grid_map, self._output_ndim)
         try:
             self._build_bridge_comms()
             self._build_hops()
@@ -176,22 +178,6 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
 
     def _output_ndim(self, module_name: str) -> int:
         return int(self.module_output_ndim.get(module_name, 3))
-
-    def _warn_of_default_axes(self) -> None:
-        """Where lane counts are equal, lanes pass on what they have; elsewhere the batch axis must be the right one."""
-        lanes = {name: len(Layout.from_grid(grid).lanes()) for name, grid in self.module_to_grid_map.items()}
-        edges = [
-            f"{source} -> {destination}"
-            for source in sorted(self.topology)
-            for destination in sorted(self.topology[source])
-            if self._output_ndim(source) == 3 and lanes[source] != lanes[destination]
-        ]
-        if edges:
-            logger.warning(
-                "%s: batch is taken to be axis 0, as the released class does; Megatron's own modules give [s, b, h]: "
-                "pass dim_mapping",
-                ", ".join(edges),
-            )
 
     def _bridge_options(self) -> dict[str, Any]:
         # 1F1B has at most one microbatch per stage under way; this bounds the forward-only schedule, too.
@@ -263,25 +249,13 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
             if previous is not None:
                 inputs.append(Input(name, previous, is_hop=True))
             if outgoing:
-                ndim = self._output_ndim(name)
-                outputs.append(Output(name, [edge.bridge for edge in outgoing], is_hop=False, ndim=ndim))
+                parts = math.lcm(*(edge.row_parts for edge in outgoing))
+                bridges, ndim = [edge.bridge for edge in outgoing], self._output_ndim(name)
+                outputs.append(Output(name, bridges, is_hop=False, ndim=ndim, row_parts=parts))
             if following is not None:
                 outputs.append(Output(name, [following], is_hop=True, ndim=None))
-        own = [edge.bridge for edge in self.bridge_comms if self._waits_for_itself(edge)]
+        own = [edge.bridge for edge in self.bridge_comms if edge.meets_itself]
         self._io = StageIO(self.current_rank, self._dtype, self.device, inputs, outputs, own)
-
-    def _waits_for_itself(self, edge: BridgeCommunicator) -> bool:
-        """True if this rank sends samples over the edge that it also receives from it."""
-        sides = (
-            edge.get_boundary_pp_stage_ranks(edge.src_grid, is_src=True),
-            edge.get_boundary_pp_stage_ranks(edge.dest_grid, is_src=False),
-        )
-        lanes = [next((i for i, lane in enumerate(side) if self.current_rank in lane), None) for side in sides]
-        if lanes[0] is None or lanes[1] is None:
-            return False
-        # Lane i of k holds the samples from i / k to (i + 1) / k of the microbatch.
-        ours, theirs = len(sides[0]), len(sides[1])
-        return lanes[0] * theirs < (lanes[1] + 1) * ours and lanes[1] * ours < (lanes[0] + 1) * theirs
 
     def bind(self, model: torch.nn.Module) -> MultiModulePipelineCommunicator:
         """Take the rows of each sample from `model.row_counts[module]`, queues that the model fills once per forward.
@@ -393,7 +367,13 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
         with self._operation("recv_forward"):
             return self._io.recv_forward(tensor_shape)
 
-    def send_forward(self, output_dict: dict[str, torch.Tensor], is_last_stage: bool = False) -> None:
+    def send_forward(
+        self,
+        output_dict: dict[str, torch.Tensor],
+        is_last_stage: bool = False,
+        *,
+        row_counts: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
         """Send this stage's outputs, without waiting for the receivers.
 
         Args:
@@ -401,19 +381,30 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
                 modules of `module_output_ndim` dimensions. Not looked at where this stage feeds none (a loss is
                 fine).
             is_last_stage: not used.
+            row_counts: rows of each sample of this rank's lane, by module, for 2-D outputs whose samples differ. They
+                reach the receivers, whatever the numbers of lanes, and cut the gradient on its way back. Default: what
+                the model has queued (see `bind`), or the attribute `_mimo_bridge_split_sizes` of the output; without
+                either the rows are split evenly. Sources that contradict one another are refused.
 
         Raises:
-            ValueError, TypeError: a missing key, a wrong shape, dtype or device; nothing has been sent then.
+            ValueError, TypeError: a missing key, a wrong shape, dtype or device, row counts that do not fit the output,
+                rows that do not split evenly and have no counts; nothing has been sent then.
+            RuntimeError: row counts differ from those that the model has queued.
         """
         with self._operation("send_forward"):
-            self._io.send_forward(output_dict, self._row_counts)
+            self._io.send_forward(output_dict, self._row_counts, row_counts)
 
     def send_forward_recv_backward(
-        self, output_dict: dict[str, torch.Tensor], tensor_shape: Shape | None = None, is_last_stage: bool = False
+        self,
+        output_dict: dict[str, torch.Tensor],
+        tensor_shape: Shape | None = None,
+        is_last_stage: bool = False,
+        *,
+        row_counts: Mapping[str, Sequence[int]] | None = None,
     ) -> dict[str, torch.Tensor | None]:
-        """`send_forward(output_dict)`, then `recv_backward(tensor_shape)`."""
+        """`send_forward(output_dict, row_counts=row_counts)`, then `recv_backward(tensor_shape)`."""
         with self._operation("send_forward_recv_backward"):
-            self._io.send_forward(output_dict, self._row_counts)
+            self._io.send_forward(output_dict, self._row_counts, row_counts)
             return self._io.recv_backward(tensor_shape)
 
     def send_backward_recv_forward(

@@ -51,6 +51,7 @@ class Output:
     bridges: list[Bridge]
     is_hop: bool  # to the next stage of the same module
     ndim: int | None  # None: 2 or 3, as the stages please
+    row_parts: int = 1  # 2-D without row counts: rows must split into so many equal parts to be cut for the lanes
     in_flight: deque[Sent] = field(default_factory=deque)
 
 
@@ -101,13 +102,26 @@ class StageIO:
             tensors[source.key] = tensor
         return tensors
 
-    def send_forward(self, output_dict: Any, queues: Mapping[str, deque[list[int]]] | None) -> None:
-        """Send all outputs of this stage; `queues` hold rows per sample by module, one entry per 2-D output."""
+    def send_forward(
+        self,
+        output_dict: Any,
+        queues: Mapping[str, deque[list[int]]] | None,
+        row_counts: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        """Send all outputs of this stage.
+
+        Rows per sample of 2-D outputs are in `row_counts` by module, in `queues` (one entry per output) or marked on
+        the output.
+        """
+        given = self._given_row_counts(row_counts)
         tensors = [self._entry(output_dict, out.module, "output_dict", self._output_keys) for out in self._outputs]
         for output, tensor in zip(self._outputs, tensors, strict=True):
             self._check_output(tensor, output)
-        row_counts = [self._take_row_counts(t, out, queues) for out, t in zip(self._outputs, tensors, strict=True)]
-        for output, tensor, counts in zip(self._outputs, tensors, row_counts, strict=True):
+        counts_of = [
+            self._take_row_counts(t, out, queues, given.get(out.module))
+            for out, t in zip(self._outputs, tensors, strict=True)
+        ]
+        for output, tensor, counts in zip(self._outputs, tensors, counts_of, strict=True):
             if torch.is_grad_enabled():
                 output.in_flight.append(Sent(tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad))
             if output.is_hop:
@@ -203,20 +217,48 @@ class StageIO:
         if tensor.device.type != self._device.type:
             raise ValueError(f"{where}: expected an output on {self._device}, got one on {tensor.device}")
 
+    def _given_row_counts(self, row_counts: Any) -> dict[str, list[int]]:
+        """`row_counts=` of a send, for modules of this rank that send something."""
+        if row_counts is None:
+            return {}
+        if not isinstance(row_counts, Mapping):
+            raise TypeError(f"rank {self._rank}: expected row_counts as a dict, got {type(row_counts).__name__}")
+        unknown = sorted(str(name) for name in row_counts if name not in self._output_keys)
+        if unknown:
+            raise ValueError(f"rank {self._rank}: expected row_counts with keys of {self._output_keys}, got {unknown}")
+        return {name: [int(rows) for rows in counts] for name, counts in row_counts.items() if counts is not None}
+
     def _take_row_counts(
-        self, tensor: torch.Tensor, output: Output, queues: Mapping[str, deque[list[int]]] | None
+        self,
+        tensor: torch.Tensor,
+        output: Output,
+        queues: Mapping[str, deque[list[int]]] | None,
+        given: list[int] | None,
     ) -> list[int] | None:
         if tensor.ndim != 2:
+            if given is not None and not output.is_hop:
+                raise ValueError(
+                    f"{self._where(output.module)}: expected a 2-D output [rows, h] for row_counts, got shape "
+                    f"{tuple(tensor.shape)}"
+                )
             return None
         marked = getattr(tensor, SPLIT_SIZES_ATTRIBUTE, None)
         counts = None if marked is None else [int(rows) for rows in marked]
+        if given is not None:
+            if counts is not None and counts != given:
+                raise ValueError(
+                    f"{self._where(output.module)}: expected rows per sample {given} (row_counts), got an output "
+                    f"marked {counts}"
+                )
+            counts = given
         queue = None if queues is None else queues.get(output.module)
         if queue:
             queued = [int(rows) for rows in queue.popleft()]
             if counts is not None and counts != queued:
+                said = "row_counts" if given is not None else "an output marked"
                 raise RuntimeError(
-                    f"{self._where(output.module)}: expected rows per sample {queued} (model.row_counts), got an "
-                    f"output marked {counts}: a forward was run whose output was not sent, or an output was sent twice"
+                    f"{self._where(output.module)}: expected rows per sample {queued} (model.row_counts), got "
+                    f"{said} {counts}: a forward was run whose output was not sent, or an output was sent twice"
                 )
             counts = queued
         if output.is_hop:
@@ -225,6 +267,12 @@ class StageIO:
             raise ValueError(
                 f"{self._where(output.module)}: expected {sum(counts)} rows (rows per sample {counts}), got an output "
                 f"of shape {tuple(tensor.shape)}"
+            )
+        if counts is None and tensor.shape[0] % output.row_parts:
+            raise ValueError(
+                f"{self._where(output.module)}: expected rows that split evenly into {output.row_parts} parts for the "
+                f"lanes downstream, got an output of shape {tuple(tensor.shape)}; where samples differ in their rows, "
+                "pass row_counts"
             )
         return counts
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
+from mimo_ext import Layout
 from mimo_ext._extension import _C
 
 DEFAULT_DIM_MAPPING = {"s": 1, "b": 0, "h": 2}  # that of Megatron's bridge; its own modules give [s, b, h]
@@ -180,6 +182,28 @@ def check_dim_mapping(dim_mapping: Mapping[str, int]) -> None:
     if set(dim_mapping) != set(DEFAULT_DIM_MAPPING) or sorted(dim_mapping.values()) != [0, 1, 2]:
         raise ValueError(
             f"dim_mapping: expected 's', 'b' and 'h' on the axes 0, 1 and 2, one each, got {dict(dim_mapping)}"
+        )
+
+
+def warn_of_assumed_axes(
+    logger: logging.Logger,
+    topology: Mapping[str, Sequence[str]],
+    grids: Mapping[str, Any],
+    output_ndim: Callable[[str], int],
+) -> None:
+    """Say which edges cut 3-D tensors along an axis that nobody has named: those between different lane counts."""
+    lanes = {name: len(Layout.from_grid(grid).lanes()) for name, grid in grids.items()}
+    edges = [
+        f"{source} -> {destination}"
+        for source in sorted(topology)
+        for destination in sorted(topology[source])
+        if output_ndim(source) == 3 and lanes[source] != lanes[destination]
+    ]
+    if edges:
+        logger.warning(
+            "%s: batch is taken to be axis 0, as the released class does; Megatron's own modules give [s, b, h]: "
+            "pass dim_mapping",
+            ", ".join(edges),
         )
 
 

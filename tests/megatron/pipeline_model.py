@@ -63,7 +63,7 @@ class Case:
     grids: dict[str, Grid]
     topology: dict[str, list[str]]
     rows: dict[str, list[list[int]]]
-    counts_from: str = "tensor"  # where row counts come from: "tensor", "model" or "nowhere" (even split)
+    counts_from: str = "tensor"  # where row counts come from: "tensor", "model", "argument" or "nowhere" (even split)
 
     @property
     def world_size(self) -> int:
@@ -153,6 +153,7 @@ def train_rank(communicator: Any, case: Case, rank: int, forward_only: bool = Fa
     model = SimpleNamespace(row_counts={name: deque() for name in case.rows})
     if case.counts_from == "model":
         communicator.bind(model)
+    sending: dict[str, Any] = {}  # options of the next send
     losses: list[float] = []
     first, last = communicator.is_pp_first_stage, communicator.is_pp_last_stage
     started = 0
@@ -175,6 +176,8 @@ def train_rank(communicator: Any, case: Case, rank: int, forward_only: bool = Fa
                     output._mimo_bridge_split_sizes = counts
                 elif case.counts_from == "model":
                     model.row_counts[name].append(counts)
+                elif case.counts_from == "argument":
+                    sending["row_counts"] = {name: counts}
             outputs[name] = output
         return outputs
 
@@ -182,7 +185,8 @@ def train_rank(communicator: Any, case: Case, rank: int, forward_only: bool = Fa
         with torch.no_grad():
             for _ in range(case.num_microbatches):
                 inputs = communicator.recv_forward([()], first)
-                communicator.send_forward(forward(inputs), last)
+                output = forward(inputs)
+                communicator.send_forward(output, last, **sending)
         return {"grads": {}, "losses": losses}
 
     def backward(inputs: Any, output: Any, grads: Any) -> dict[str, Any]:
@@ -201,14 +205,14 @@ def train_rank(communicator: Any, case: Case, rank: int, forward_only: bool = Fa
     for _ in range(warmup):
         inputs = communicator.recv_forward([()], first)
         output = forward(inputs)
-        communicator.send_forward(output, last)
+        communicator.send_forward(output, last, **sending)
         saved.append((inputs, output))
         free(output)
     if remaining:
         inputs = communicator.recv_forward([()], first)
     for i in range(remaining):
         output = forward(inputs)
-        grads = communicator.send_forward_recv_backward(output, [()], last)
+        grads = communicator.send_forward_recv_backward(output, [()], last, **sending)
         saved.append((inputs, output))
         free(output)
         inputs, output = saved.pop(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +42,8 @@ def run_cases(rank: int, world_size: int) -> list[str]:
     runs: list[tuple[Case, dict[str, Any]]] = [(case, {}) for case in ALL_CASES]
     # Batch first: between stages the lanes' extents along the batch axis differ then, as rows do.
     runs.append((MORE_CASES[-1], {"dim_mapping": {"b": 0, "s": 1, "h": 2}}))
+    # Row counts given with each send: fan-in, fan-out, lane counts that do not divide, and a pipelined encoder.
+    runs += [(replace(case, counts_from="argument"), {}) for case in (*MORE_CASES[2:5], CASES[2])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bridge_communicator.BridgeCommunicator, "__init__", refuse)
         patch.setattr(p2p_communication.P2PCommunicator, "__init__", refuse)
