@@ -1,7 +1,8 @@
 """The Megatron layer: MimoModel with its own parallelism per module, on our bridge.
 
 Importing this package imports no Megatron; the names below load their module on first use.
-``mimo_ext.megatron.cpu()`` lets Megatron train on CPU and gloo, see `mimo_ext.megatron.cpu`.
+``mimo_ext.megatron.cpu()`` lets Megatron train on CPU and gloo, see `mimo_ext.megatron.cpu`;
+``mimo_ext.megatron.install()`` runs unmodified Megatron programs on our classes, see `mimo_ext.megatron.install`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _HOME = {
     "MegatronMIMOProvider": "provider",
     "MimoModelInfra": "provider",
     "MimoModelProvider": "provider",
+    "uninstall": "install",
 }
 _MODULES = (
     "builder",
@@ -33,6 +35,7 @@ _MODULES = (
     "cpu",
     "cpu_layers",
     "ddp",
+    "install",
     "model",
     "parallel_utils",
     "provider",
