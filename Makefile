@@ -1,12 +1,14 @@
 # Everything a person needs: `make demo` runs the main job, `make test` runs the tests. See `make help`.
 #
 # Variables: PYTHON (3.11 or later), VENV (where the environment is made), TORCH (pip requirement of torch, and options),
-# MEGATRON (pip requirement), MAX_JOBS (parallel compilations). Paths are relative: the folder's name may hold spaces.
+# MEGATRON and MEGATRON_BRIDGE (pip requirements), MAX_JOBS (parallel compilations). Paths are relative: the folder's
+# name may hold spaces.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 MEGATRON ?= megatron-core==0.19.2
+MEGATRON_BRIDGE ?= megatron-bridge==0.6.2
 MAX_JOBS ?= 2
 CXX ?= g++
 DEMO_ARGS ?=
@@ -31,6 +33,7 @@ help:
 	@echo "make check-api every documented name and every known defect has its test, and is what the tables say"
 	@echo "make check-grad weights after training, over many layouts and losses, against one process"
 	@echo "make check-colocated    the same for layouts whose modules share their ranks"
+	@echo "make check-install       a Megatron script that knows nothing of us, on Megatron's classes and on ours"
 	@echo "make test      all tests: lint, C++, Python, distributed, Megatron"
 	@echo "make build     set up and install the extension into $(VENV)"
 	@echo "make lint      formatting, lint and types; make format mends the formatting"
@@ -57,6 +60,13 @@ $(VENV)/.example: $(VENV)/.torch requirements/example.txt requirements/megatron.
 
 $(VENV)/.test: $(VENV)/.example requirements/test.txt
 	$(PIP) install -q -r requirements/test.txt
+	@touch $@
+
+# Megatron-Bridge's sources, in a folder of their own: the tests of what replaces them put it on their path, no others.
+$(VENV)/.bridge: $(VENV)/.torch
+	@echo "== fetching the sources of $(MEGATRON_BRIDGE)"
+	rm -rf "$(VENV)/megatron-bridge"
+	$(PIP) install -q --no-deps --ignore-requires-python --target "$(VENV)/megatron-bridge" $(MEGATRON_BRIDGE)
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(SOURCES)
@@ -91,11 +101,16 @@ check-api: $(VENV)/.example $(VENV)/.built
 check-grad: $(VENV)/.test $(VENV)/.built
 	PYTHONPATH=tests:tests/megatron $(PY) -P -W ignore tests/megatron/grad_check.py $(CASES)
 
+.PHONY: check-install
+check-install: $(VENV)/.test $(VENV)/.built
+	$(PY) -P tests/megatron/install_program_ranks.py
+
 # --- Tests. -P keeps the source folder off the path: what is tested is the installed package.
 
 .PHONY: test
 test: export MIMO_EXT_WERROR = 1
-test: $(VENV)/.test $(VENV)/.built
+test: export MIMO_EXT_MEGATRON_BRIDGE = $(VENV)/megatron-bridge
+test: $(VENV)/.test $(VENV)/.bridge $(VENV)/.built
 	@$(MAKE) --no-print-directory lint test-cpp
 	$(PY) -P -m pytest tests $(PYTEST_ARGS)
 
