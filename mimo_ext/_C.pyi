@@ -132,6 +132,7 @@ class Communicator:
         rank: int,
         group: ProcessGroup | None,
         group_ranks: Sequence[int],
+        unpaired_backward: bool = ...,
     ) -> None: ...
     @property
     def is_source(self) -> bool: ...

@@ -68,6 +68,9 @@ class Bridge:
             first.
         group: a process group that holds all ranks of both sides, in place of the default group.
         max_in_flight: microbatches per direction that are sent but not yet received; a further send waits.
+        unpaired_backward: let gradients travel before the microbatch that they belong to, or without one: the n-th
+            gradient is still that of the n-th microbatch, and its samples (2-D: rows) are split evenly. By default
+            such a call is an error.
         name: of the edge, for messages; default "src.name -> dst.name".
 
     Raises:
@@ -91,6 +94,7 @@ class Bridge:
         dst_stage: int = 0,
         group: dist.ProcessGroup | None = None,
         max_in_flight: int = 32,
+        unpaired_backward: bool = False,
         name: str | None = None,
     ) -> None:
         self.src, self.dst = src, dst
@@ -126,6 +130,7 @@ class Bridge:
             text = (
                 f"{self.name}: {self._source} | {self._destination}; ndim={ndim} batch_dim={self.batch_dim} "
                 f"seq_dim={self.seq_dim} dtype={dtype} shape={None if shape is None else tuple(shape)}"
+                f"{' unpaired_backward' if unpaired_backward else ''}"
             )
         except Exception as error:
             # The others wait for this rank's word: they get an error too, at once.
@@ -158,6 +163,7 @@ class Bridge:
             rank=self.rank,
             group=self._group if self.rank in ranks else None,
             group_ranks=ranks,
+            unpaired_backward=unpaired_backward,
         )
         # Worker threads must not outlive the interpreter, even where close() was forgotten.
         self._last_sends: dict[str, _C.Delivery] = {}

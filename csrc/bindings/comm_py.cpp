@@ -29,7 +29,7 @@ std::shared_ptr<Communicator> make_communicator(std::string name, const core::Bo
                                                 std::chrono::milliseconds timeout, int max_in_flight,
                                                 std::uint64_t hash, int rank,
                                                 c10::intrusive_ptr<c10d::ProcessGroup> group,
-                                                const std::vector<int>& group_ranks) {
+                                                const std::vector<int>& group_ranks, bool unpaired_backward) {
   if (!THPDtype_Check(dtype.ptr())) throw py::type_error("dtype: expected a torch.dtype");
   BridgeConfig config{std::move(name),
                       source,
@@ -41,6 +41,7 @@ std::shared_ptr<Communicator> make_communicator(std::string name, const core::Bo
                       std::move(fixed),
                       timeout,
                       max_in_flight,
+                      unpaired_backward,
                       hash};
   std::unique_ptr<comm::Transport> transport;
   if (group) transport = std::make_unique<comm::C10dTransport>(std::move(group), group_ranks);
@@ -71,7 +72,7 @@ void register_comm(py::module_& m) {
       .def(py::init(&make_communicator), py::kw_only(), py::arg("name"), py::arg("source"), py::arg("destination"),
            py::arg("ndim"), py::arg("batch_dim"), py::arg("seq_dim"), py::arg("dtype"), py::arg("fixed"),
            py::arg("timeout"), py::arg("max_in_flight"), py::arg("hash"), py::arg("rank"), py::arg("group"),
-           py::arg("group_ranks"))
+           py::arg("group_ranks"), py::arg("unpaired_backward") = false)
       .def_property_readonly("is_source", &Communicator::is_source)
       .def_property_readonly("is_destination", &Communicator::is_destination)
       .def_property_readonly("closed", &Communicator::closed)

@@ -54,7 +54,8 @@ class Channel {
   bool wait_for_room(std::chrono::milliseconds limit);
 
   /// Posts the receives of the next microbatch: of its headers, or where `known` is its final shape and shapes are
-  /// static, of its payload. `known` of a backward microbatch is what the forward one, number `forward_sequence`, was.
+  /// static, of its payload. `known` of a backward microbatch is what the forward one, number `forward_sequence`, was
+  /// (none and Header::kUnpaired: no forward microbatch has been sent yet).
   std::shared_ptr<Delivery> recv(std::optional<core::Microbatch> known, std::int64_t forward_sequence = 0);
 
   /// Waits for everything that is under way (each wait has its timeout), then ends the workers. After a failure: at

@@ -163,6 +163,14 @@ void Channel::receive(ReceiveJob& job) {
       // Row counts of this lane were sent from here; equal counts elsewhere may look even to the other side.
       const core::Microbatch& mine = *job.known;
       const bool even = !mine.ragged() && !microbatch.ragged();
+      const bool unpaired = std::any_of(headers.begin(), headers.end(), [](const Header& header) {
+        return header.forward_sequence == Header::kUnpaired;
+      });
+      if (unpaired && !even) {
+        throw BridgeError(where(recv_name(), job.sequence) +
+                          ": a gradient that was sent before its microbatch was received has evenly split rows, "
+                          "expected those of a microbatch with row counts");
+      }
       if (mine.samples != microbatch.samples || mine.shape != microbatch.shape ||
           (even && mine.rows_per_sample != microbatch.rows_per_sample)) {
         throw BridgeError(where(recv_name(), job.sequence) + ": the gradient's shape differs from the activation's");
@@ -263,7 +271,9 @@ void Channel::check_header(const Header& header, int peer, const ReceiveJob& job
   if (header.dtype != static_cast<std::int64_t>(config_.dtype)) {
     differ("dtype", static_cast<std::int64_t>(config_.dtype), header.dtype);
   }
-  if (direction_ == core::Direction::kBackward && header.forward_sequence != job.forward_sequence) {
+  const bool unpaired = config_.unpaired_backward &&
+                        (header.forward_sequence == Header::kUnpaired || job.forward_sequence == Header::kUnpaired);
+  if (direction_ == core::Direction::kBackward && !unpaired && header.forward_sequence != job.forward_sequence) {
     throw BridgeError(where(recv_name(), job.sequence) + ": rank " + std::to_string(peer) +
                       " sent the gradient of forward microbatch " + std::to_string(header.forward_sequence) +
                       ", expected that of " + std::to_string(job.forward_sequence) +

@@ -92,7 +92,11 @@ std::shared_ptr<Delivery> Communicator::send_forward(const at::Tensor& x,
     wait_for_room(*forward_, kOperation);
     const bool expects_backward = c10::GradMode::is_enabled();
     auto delivery = forward_->send(microbatch, x, expects_backward);
-    if (expects_backward) sent_.push_back({num_sent_, microbatch});
+    if (expects_backward && unpaired_receives_ > 0) {
+      --unpaired_receives_;
+    } else if (expects_backward) {
+      sent_.push_back({num_sent_, microbatch});
+    }
     ++num_sent_;
     last_ = std::move(microbatch);
     return delivery;
@@ -112,15 +116,26 @@ std::shared_ptr<Delivery> Communicator::recv_forward() {
   check_open(is_destination(), "recv_forward", "destination");
   skip_without_backward();  // or evaluation would keep every tensor that it received
   auto delivery = forward_->recv(std::nullopt);
-  if (c10::GradMode::is_enabled()) received_.push_back({num_received_, delivery});
+  if (c10::GradMode::is_enabled() && unpaired_sends_ > 0) {
+    --unpaired_sends_;
+  } else if (c10::GradMode::is_enabled()) {
+    received_.push_back({num_received_, delivery});
+  }
   ++num_received_;
   return delivery;
 }
 
-std::shared_ptr<Delivery> Communicator::send_backward(const at::Tensor& gradient) {
+core::Microbatch Communicator::microbatch_of_gradient(const at::Tensor& gradient) const {
   constexpr const char* kOperation = "send_backward";
-  check_open(is_destination(), kOperation, "destination");
-  skip_without_backward();
+  if (received_.empty() && config_.unpaired_backward) {
+    if (config_.fixed) return *config_.fixed;
+    const auto [lane, member] = config_.destination.find(rank_);
+    try {
+      return describe_unpaired_gradient(config_, gradient, lane, member);
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument(where(kOperation) + " before its microbatch was received: " + error.what());
+    }
+  }
   if (received_.empty()) {
     throw BridgeError(where(kOperation) +
                       ": no received microbatch waits for its gradient (forward operations under "
@@ -130,14 +145,21 @@ std::shared_ptr<Delivery> Communicator::send_backward(const at::Tensor& gradient
     throw BridgeError(where(kOperation) +
                       ": the microbatch has not been received yet: wait for its recv_forward first");
   }
-  const core::Microbatch microbatch = received_.front().delivery->microbatch();
+  return received_.front().delivery->microbatch();
+}
+
+std::shared_ptr<Delivery> Communicator::send_backward(const at::Tensor& gradient) {
+  constexpr const char* kOperation = "send_backward";
+  check_open(is_destination(), kOperation, "destination");
+  skip_without_backward();
+  if (gradient.defined()) check_tensor(config_, gradient, config_.destination.module, rank_, kOperation);
+  const core::Microbatch microbatch = microbatch_of_gradient(gradient);
   const auto [lane, member] = config_.destination.find(rank_);
   const core::Plan plan(config_.source, config_.destination, microbatch, core::Direction::kForward);
   const auto expected = plan.receiver_shape(lane, member);
   const at::IntArrayRef shape(expected.data(), static_cast<std::size_t>(config_.ndim));
   at::Tensor payload = gradient;
   if (gradient.defined()) {
-    check_tensor(config_, gradient, config_.destination.module, rank_, kOperation);
     if (gradient.sizes() != shape) {
       throw std::invalid_argument(where(kOperation) + ": module '" + config_.destination.module +
                                   "': expected a gradient of shape " + text_of(shape) + ", got " +
@@ -147,13 +169,23 @@ std::shared_ptr<Delivery> Communicator::send_backward(const at::Tensor& gradient
     payload = at::zeros(shape, at::TensorOptions().dtype(config_.dtype));  // no header could say "none"
   }
   wait_for_room(*backward_, kOperation);
-  auto delivery = backward_->send(microbatch, payload, false, received_.front().sequence);
-  received_.pop_front();
+  auto delivery =
+      backward_->send(microbatch, payload, false, received_.empty() ? Header::kUnpaired : received_.front().sequence);
+  if (received_.empty()) {
+    ++unpaired_sends_;
+  } else {
+    received_.pop_front();
+  }
   return delivery;
 }
 
 std::shared_ptr<Delivery> Communicator::recv_backward() {
   check_open(is_source(), "recv_backward", "source");
+  if (sent_.empty() && config_.unpaired_backward) {
+    auto delivery = backward_->recv(std::nullopt, Header::kUnpaired);
+    ++unpaired_receives_;
+    return delivery;
+  }
   if (sent_.empty()) {
     throw BridgeError(where("recv_backward") +
                       ": no sent microbatch waits for its gradient (forward operations under "

@@ -20,7 +20,8 @@ namespace mimo_ext::comm {
 /// their messages are gone; received tensors belong to the caller.
 ///
 /// Microbatches are matched by order: the n-th recv_forward receives the n-th send_forward, and gradients travel in the
-/// order of the forward microbatches that expect one (those sent while autograd recorded).
+/// order of the forward microbatches that expect one (those sent while autograd recorded). With `unpaired_backward` the
+/// n-th gradient may also travel before the n-th of these microbatches, or without it; its rows are then split evenly.
 class Communicator {
  public:
   /// `transport` is null on a rank that is on neither side; every operation then throws.
@@ -76,11 +77,14 @@ class Communicator {
     std::int64_t sequence;
     std::shared_ptr<Delivery> delivery;
   };
+  core::Microbatch microbatch_of_gradient(const at::Tensor& gradient) const;
   /// Microbatches that their sender does not want a gradient for (it ran under no_grad) are passed over.
   void skip_without_backward();
 
-  std::deque<Sent> sent_;          ///< expecting a gradient
-  std::deque<Received> received_;  ///< possibly expecting one
+  std::deque<Sent> sent_;               ///< expecting a gradient
+  std::deque<Received> received_;       ///< possibly expecting one
+  std::int64_t unpaired_receives_ = 0;  ///< gradients received ahead of the microbatches that will expect them
+  std::int64_t unpaired_sends_ = 0;     ///< gradients sent ahead of them
   std::int64_t num_sent_ = 0;
   std::int64_t num_received_ = 0;
   std::optional<core::Microbatch> last_;

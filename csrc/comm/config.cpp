@@ -1,5 +1,7 @@
 #include "comm/config.h"
 
+#include <ATen/Functions.h>
+
 #include <numeric>
 #include <sstream>
 #include <stdexcept>
@@ -23,8 +25,9 @@ std::int64_t whole_rows(const core::Boundary& boundary, int member, std::int64_t
 
 class Describe {
  public:
-  Describe(const BridgeConfig& config, int lane) : config_(config), lane_(lane) {
-    lanes_ = config.source.num_lanes();
+  /// `holder`: the side whose lane `lane` holds the tensor.
+  Describe(const BridgeConfig& config, const core::Boundary& holder, int lane)
+      : config_(config), holder_(holder), lane_(lane), lanes_(holder.num_lanes()) {
     microbatch_.ndim = config.ndim;
     microbatch_.batch_dim = config.batch_dim;
     microbatch_.seq_dim = config.seq_dim;
@@ -36,7 +39,7 @@ class Describe {
     set_samples(mine, num_samples, "samples along axis " + std::to_string(config_.batch_dim));
     for (int axis = 0; axis < config_.ndim; ++axis) microbatch_.shape[static_cast<std::size_t>(axis)] = x.size(axis);
     const auto seq = static_cast<std::size_t>(config_.seq_dim);
-    microbatch_.shape[seq] = whole_rows(config_.source, member, x.size(config_.seq_dim));
+    microbatch_.shape[seq] = whole_rows(holder_, member, x.size(config_.seq_dim));
     microbatch_.shape[static_cast<std::size_t>(config_.batch_dim)] = 1;
     return microbatch_;
   }
@@ -49,9 +52,9 @@ class Describe {
       rows += count;
     }
     std::int64_t held = rows;
-    if (config_.source.sharded()) {
+    if (holder_.sharded()) {
       held = 0;
-      for (const core::Run& run : config_.source.runs_of_shard(config_.source.shard_of(member), rows)) {
+      for (const core::Run& run : holder_.runs_of_shard(holder_.shard_of(member), rows)) {
         held += run.length;
       }
     }
@@ -71,8 +74,9 @@ class Describe {
   /// Rows without counts: equal numbers of rows per sample. Where the number of samples is not told either, the line is
   /// cut into the fewest equal parts that both sides' lanes are made of.
   core::Microbatch even(const at::Tensor& x, int member, std::optional<std::int64_t> num_samples) {
-    const std::int64_t rows = whole_rows(config_.source, member, x.size(0));
-    const std::int64_t parts = std::lcm(std::int64_t{lanes_}, std::int64_t{config_.destination.num_lanes()});
+    const std::int64_t rows = whole_rows(holder_, member, x.size(0));
+    const std::int64_t parts =
+        std::lcm(std::int64_t{config_.source.num_lanes()}, std::int64_t{config_.destination.num_lanes()});
     microbatch_.samples = num_samples.value_or(parts);
     const std::int64_t mine = microbatch_.lane_begin(lane_ + 1, lanes_) - microbatch_.lane_begin(lane_, lanes_);
     if (mine == 0 ? rows != 0 : rows % mine != 0) {
@@ -96,10 +100,11 @@ class Describe {
   }
 
   [[noreturn]] void bad(const std::string& what) const {
-    throw std::invalid_argument("module '" + config_.source.module + "': " + what);
+    throw std::invalid_argument("module '" + holder_.module + "': " + what);
   }
 
   const BridgeConfig& config_;
+  const core::Boundary& holder_;
   int lane_;
   int lanes_;
   core::Microbatch microbatch_;
@@ -119,10 +124,21 @@ core::Microbatch describe_microbatch(const BridgeConfig& config, const at::Tenso
     throw std::invalid_argument("module '" + config.source.module + "': num_samples must not be negative, got " +
                                 std::to_string(*num_samples));
   }
-  Describe describe(config, lane);
+  Describe describe(config, config.source, lane);
   if (config.ndim == 3) return describe.dense(x, member, num_samples);
   if (row_counts) return describe.ragged(x, member, *row_counts, num_samples);
   return describe.even(x, member, num_samples);
+}
+
+core::Microbatch describe_unpaired_gradient(const BridgeConfig& config, const at::Tensor& gradient, int lane,
+                                            int member) {
+  if (gradient.defined()) {
+    Describe describe(config, config.destination, lane);
+    return config.ndim == 3 ? describe.dense(gradient, member, std::nullopt)
+                            : describe.even(gradient, member, std::nullopt);
+  }
+  const std::vector<std::int64_t> shape(static_cast<std::size_t>(config.ndim), 0);
+  return describe_unpaired_gradient(config, at::empty(shape, at::TensorOptions().dtype(config.dtype)), lane, member);
 }
 
 void check_tensor(const BridgeConfig& config, const at::Tensor& x, const std::string& module, int rank,

@@ -23,8 +23,9 @@ struct BridgeConfig {
   at::ScalarType dtype = at::kFloat;
   std::optional<core::Microbatch> fixed;  ///< static shapes: every microbatch is this one, and no headers are sent
   std::chrono::milliseconds timeout{600000};
-  int max_in_flight = 32;  ///< microbatches sent and not yet received, per direction; a further send waits
-  std::uint64_t hash = 0;  ///< of all of the above that must be equal on every rank
+  int max_in_flight = 32;          ///< microbatches sent and not yet received, per direction; a further send waits
+  bool unpaired_backward = false;  ///< gradients may travel before (or without) the forward microbatch they belong to
+  std::uint64_t hash = 0;          ///< of all of the above that must be equal on every rank
 };
 
 /// The global microbatch as far as the rank that sends `x` knows it. `x` is the tensor of lane `lane`, member `member`
@@ -33,6 +34,12 @@ struct BridgeConfig {
 core::Microbatch describe_microbatch(const BridgeConfig& config, const at::Tensor& x, int lane, int member,
                                      const std::optional<std::vector<std::int64_t>>& row_counts,
                                      std::optional<std::int64_t> num_samples);
+
+/// The global microbatch that a gradient without a forward microbatch belongs to: every lane holds as many samples
+/// (3-D) or rows (2-D) as lane `lane` of the destination. An undefined `gradient` stands for an empty one. Throws
+/// std::invalid_argument.
+core::Microbatch describe_unpaired_gradient(const BridgeConfig& config, const at::Tensor& gradient, int lane,
+                                            int member);
 
 /// Throws std::invalid_argument unless `x` is a strided CPU tensor of the bridge's dtype and number of axes.
 void check_tensor(const BridgeConfig& config, const at::Tensor& x, const std::string& module, int rank,

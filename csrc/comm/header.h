@@ -17,6 +17,7 @@ struct Header {
   static constexpr std::size_t kWords = 64;
   static constexpr std::size_t kFixedWords = 14;
   static constexpr std::size_t kInlineRows = kWords - kFixedWords;
+  static constexpr std::int64_t kUnpaired = -1;  ///< `forward_sequence` of a gradient sent before its microbatch came
   static constexpr std::int64_t kMaxSamples = std::int64_t{1} << 32;
   using Words = std::array<std::int64_t, kWords>;
 
