@@ -35,6 +35,7 @@ SOURCES = [
     "csrc/ops/cpu/rescale_kernel.cpp",
     "csrc/comm/errors.cpp",
     "csrc/comm/header.cpp",
+    "csrc/comm/leftovers.cpp",
     "csrc/comm/c10d_transport.cpp",
     "csrc/comm/worker.cpp",
     "csrc/comm/channel.cpp",

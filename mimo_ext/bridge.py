@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
-import time
+import multiprocessing
+import multiprocessing.util
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -21,7 +24,6 @@ BridgeError = _C.BridgeError
 BridgeTimeoutError = _C.BridgeTimeoutError
 
 _AGREEMENT_BYTES = 2048
-_GRACE_S = 10.0  # how long a dropped bridge goes on delivering
 
 
 class Handle:
@@ -165,9 +167,9 @@ class Bridge:
             group_ranks=ranks,
             unpaired_backward=unpaired_backward,
         )
-        # Worker threads must not outlive the interpreter, even where close() was forgotten.
-        self._last_sends: dict[str, _C.Delivery] = {}
-        self._finalizer = weakref.finalize(self, _end_unclosed, self._communicator, self._last_sends)
+        # Where close() was forgotten: what has been sent still arrives, and no thread outlives the interpreter.
+        _finish_leftovers_at_exit()
+        self._finalizer = weakref.finalize(self, self._communicator.leave)
 
     # Construction
 
@@ -251,7 +253,7 @@ class Bridge:
         """
         counts = None if row_counts is None else [int(count) for count in row_counts]
         with torch.profiler.record_function("mimo_ext::send_forward"):
-            delivery = self._last_sends["forward"] = self._open.send_forward(x, counts, num_samples)
+            delivery = self._open.send_forward(x, counts, num_samples)
         return Handle(self._open, delivery, lambda _: None)
 
     def send_forward(
@@ -292,7 +294,7 @@ class Bridge:
         None says that there is none; with static shapes, zeros are sent in its place.
         """
         with torch.profiler.record_function("mimo_ext::send_backward"):
-            delivery = self._last_sends["backward"] = self._open.send_backward(dy)
+            delivery = self._open.send_backward(dy)
         return Handle(self._open, delivery, lambda _: None)
 
     def send_backward(self, dy: torch.Tensor | None) -> None:
@@ -349,14 +351,19 @@ def _require_cpu_backend(name: str, group: Any) -> None:
         ) from error
 
 
-def _end_unclosed(communicator: _C.Communicator, last_sends: dict[str, _C.Delivery]) -> None:
-    """What becomes of a bridge that was dropped: the peers still get what was sent, if they ask for it soon."""
-    deadline = time.monotonic() + _GRACE_S
-    while not communicator.closed and time.monotonic() < deadline:
-        if all(delivery.done() for delivery in last_sends.values()):  # sends end in order
-            break
-        time.sleep(0.005)
-    communicator.close(True)
+@functools.cache
+def _finish_leftovers_at_exit() -> None:
+    # Once, and before the finalizer of the first bridge: at exit they run in reverse order of their creation.
+    weakref.finalize(Bridge, _finish_leftovers)
+    if multiprocessing.parent_process() is not None:
+        # A forked process ends without these.
+        multiprocessing.util.Finalize(None, _finish_leftovers, exitpriority=0)
+
+
+def _finish_leftovers() -> None:
+    # After an error that ended the program nobody may be there to receive.
+    failed = getattr(sys, "last_value", None) is not None or sys.exc_info()[0] is not None
+    _C.finish_leftovers(abort=failed)
 
 
 def refuse_bridge(name: str, error: Exception, group: dist.ProcessGroup | None = None) -> None:

@@ -7,6 +7,7 @@
 #include "bindings/bindings.h"
 #include "comm/c10d_transport.h"
 #include "comm/communicator.h"
+#include "comm/leftovers.h"
 
 namespace mimo_ext::bindings {
 
@@ -91,7 +92,12 @@ void register_comm(py::module_& m) {
       .def(
           "wait", [](const Communicator& c, const Delivery& delivery) { return optional_tensor(c.wait(delivery)); },
           Release(), py::arg("delivery"))
-      .def("close", &Communicator::close, Release(), py::arg("abort") = false);
+      .def("close", &Communicator::close, Release(), py::arg("abort") = false)
+      .def("leave", &Communicator::leave, Release());
+
+  m.def(
+      "finish_leftovers", [](bool abort) { comm::Leftovers::instance().finish(abort, check_signals); }, Release(),
+      py::arg("abort"));
 }
 
 }  // namespace mimo_ext::bindings

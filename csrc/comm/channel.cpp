@@ -58,6 +58,20 @@ Channel::~Channel() {
   close();
 }
 
+void Channel::abort_receives() {
+  receives_aborted_ = true;
+  receive_waiter_.abort();
+  {
+    const std::lock_guard lock(local_mutex_);  // not between a waiter's look at the flag and its sleep
+  }
+  local_changed_.notify_all();
+}
+
+bool Channel::sending() {
+  const std::lock_guard lock(room_mutex_);
+  return in_flight_ > 0;
+}
+
 void Channel::close() {
   if (send_worker_) send_worker_->close();
   if (receive_worker_) receive_worker_->close();
@@ -86,6 +100,9 @@ void Channel::wait_for(Waiter& waiter, Request& request, const char* what, int p
     waiter.wait(request, config_.timeout);
   } catch (const TransportError& error) {
     failure_.check();  // aborted because of an earlier failure: that one is told
+    if (&waiter == &receive_waiter_ && receives_aborted_) {
+      throw BridgeError(where(operation, sequence) + ": the bridge was dropped");
+    }
     const std::string head = where(operation, sequence) + ": " + what + " rank " + std::to_string(peer);
     if (error.timed_out()) {
       throw BridgeTimeoutError(head + ": nothing within " +

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <memory>
@@ -57,6 +58,11 @@ class Channel {
   /// static, of its payload. `known` of a backward microbatch is what the forward one, number `forward_sequence`, was
   /// (none and Header::kUnpaired: no forward microbatch has been sent yet).
   std::shared_ptr<Delivery> recv(std::optional<core::Microbatch> known, std::int64_t forward_sequence = 0);
+
+  /// Gives up the receives that are under way, and those only. From the thread that uses the channel.
+  void abort_receives();
+  /// Is a microbatch being sent?
+  bool sending();
 
   /// Waits for everything that is under way (each wait has its timeout), then ends the workers. After a failure: at
   /// once.
@@ -121,6 +127,8 @@ class Channel {
   std::int64_t next_recv_ = 0;
   std::mutex plan_mutex_;
   std::array<std::shared_ptr<const CachedPlan>, 2> last_plans_;  ///< by role
+
+  std::atomic<bool> receives_aborted_{false};
 
   std::mutex room_mutex_;
   std::condition_variable room_changed_;

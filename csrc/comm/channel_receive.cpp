@@ -124,9 +124,12 @@ void Channel::run_receive(ReceiveJob& job) {
   const c10::NoGradGuard no_grad;  // grad mode is per thread
   try {
     failure_.check();
+    if (receives_aborted_) throw BridgeError(where(recv_name(), job.sequence) + ": the bridge was dropped");
     receive(job);
   } catch (const BridgeError&) {
-    job.delivery->set_error(failure_.set(std::current_exception()));
+    // What was dropped is no failure: the sends go on.
+    const auto error = std::current_exception();
+    job.delivery->set_error(receives_aborted_ && !failure_.failed() ? error : failure_.set(error));
   } catch (const std::exception& error) {
     const auto named = std::make_exception_ptr(BridgeError(where(recv_name(), job.sequence) + ": " + error.what()));
     job.delivery->set_error(failure_.set(named));
@@ -218,9 +221,10 @@ void Channel::finish_slot(Slot& slot, Incoming& incoming) {
 
 Channel::LocalItem Channel::take_local(std::int64_t sequence) {
   std::unique_lock lock(local_mutex_);
-  const bool came =
-      local_changed_.wait_for(lock, config_.timeout, [this] { return !local_.empty() || failure_.failed(); });
+  const bool came = local_changed_.wait_for(
+      lock, config_.timeout, [this] { return !local_.empty() || failure_.failed() || receives_aborted_; });
   failure_.check();
+  if (receives_aborted_) throw BridgeError(where(recv_name(), sequence) + ": the bridge was dropped");
   if (!came) {
     throw BridgeTimeoutError(where(recv_name(), sequence) + ": this rank, which is on both sides, did not call " +
                              send_name() + " in time");

@@ -5,6 +5,8 @@
 
 #include <sstream>
 
+#include "comm/leftovers.h"
+
 namespace mimo_ext::comm {
 
 namespace {
@@ -40,6 +42,29 @@ void Communicator::close(bool abort) {
   forward_.reset();
   backward_.reset();
   transport_.reset();
+}
+
+void Communicator::leave() {
+  if (closed_) return;
+  closed_ = true;
+  if (!forward_) return;
+  forward_->abort_receives();
+  backward_->abort_receives();
+  if (forward_->sending() || backward_->sending()) {
+    Leftovers::instance().add(shared_from_this());
+  } else {
+    finish_sends();
+  }
+}
+
+void Communicator::finish_sends() {
+  // Nothing is destroyed here: abort_sends() may run at the same time.
+  forward_->close();
+  backward_->close();
+}
+
+void Communicator::abort_sends() {
+  failure_.set(std::make_exception_ptr(BridgeError(where("close") + ": the process ends")));
 }
 
 std::string Communicator::where(const char* operation) const {

@@ -22,7 +22,7 @@ namespace mimo_ext::comm {
 /// Microbatches are matched by order: the n-th recv_forward receives the n-th send_forward, and gradients travel in the
 /// order of the forward microbatches that expect one (those sent while autograd recorded). With `unpaired_backward` the
 /// n-th gradient may also travel before the n-th of these microbatches, or without it; its rows are then split evenly.
-class Communicator {
+class Communicator : public std::enable_shared_from_this<Communicator> {
  public:
   /// `transport` is null on a rank that is on neither side; every operation then throws.
   Communicator(BridgeConfig config, std::unique_ptr<Transport> transport, int rank);
@@ -57,6 +57,14 @@ class Communicator {
   /// Waits for what is under way, then joins the threads and drops the transport. `abort`: does not wait. Idempotent.
   void close(bool abort);
   bool closed() const { return closed_; }
+
+  /// Closes without waiting: receives are given up, sends go on in the background (see Leftovers). For a communicator
+  /// that nobody will use again.
+  void leave();
+  /// The background's part of leave(): returns when the sends have ended, at most a timeout later.
+  void finish_sends();
+  /// Ends finish_sends() at once. From any thread.
+  void abort_sends();
 
  private:
   void check_open(bool needed, const char* operation, const char* role) const;

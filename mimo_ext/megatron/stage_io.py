@@ -53,6 +53,7 @@ class Output:
     ndim: int | None  # None: 2 or 3, as the stages please
     row_parts: int = 1  # 2-D without row counts: rows must split into so many equal parts to be cut for the lanes
     in_flight: deque[Sent] = field(default_factory=deque)
+    gradients_ahead: int = 0  # received before the outputs that they belong to were sent
 
 
 class StageIO:
@@ -122,7 +123,9 @@ class StageIO:
             for out, t in zip(self._outputs, tensors, strict=True)
         ]
         for output, tensor, counts in zip(self._outputs, tensors, counts_of, strict=True):
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and output.gradients_ahead:
+                output.gradients_ahead -= 1
+            elif torch.is_grad_enabled():
                 output.in_flight.append(Sent(tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad))
             if output.is_hop:
                 output.bridges[0].send_forward(_prepare_tensor_for_comm(tensor))
@@ -148,6 +151,8 @@ class StageIO:
                 total = _restore_tensor_from_comm(total)
                 self._check_shape(total, tensor_shape, output.module)
             sent = output.in_flight.popleft() if output.in_flight else None
+            if sent is None:
+                output.gradients_ahead += 1
             if total is None and sent is not None and sent.requires_grad:
                 # The schedule runs this output's backward in any case, and needs a gradient for it.
                 total = torch.zeros(sent.shape, dtype=sent.dtype, device=sent.device)
