@@ -111,6 +111,8 @@ class BridgeCommunicator(_MegatronBridge):
             raise kind(f"bridge '{name}', rank {self.current_rank}: {error}") from error
         options.update({"timeout": timeout} if timeout is not None else {})
         options.update({"max_in_flight": max_in_flight} if max_in_flight is not None else {})
+        # Gradients may come first, or alone: Megatron's class allows both.
+        options["unpaired_backward"] = True
         self.bridge = Bridge(*self._layouts, ndim=tensor_ndim, dtype=self.comm_dtype, name=name, **options)
         # Asked once: a closed bridge is on neither side.
         self._sends, self._receives = self.bridge.is_source, self.bridge.is_destination
@@ -232,6 +234,8 @@ class BridgeCommunicator(_MegatronBridge):
 
     def send_backward(self, grad_tensor: torch.Tensor | None) -> None:
         """Send the gradient of the oldest input that waits for one; None says that there is none.
+
+        Where no input waits, the gradient is that of the next one; its samples are split evenly over the source lanes.
 
         Raises:
             ValueError: this rank is not in the destination grid; another shape or dtype than the input's.

@@ -216,6 +216,7 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
                     batch_dim=self._axes["b"],
                     seq_dim=self._axes["s"],
                     dtype=self._dtype,
+                    unpaired_backward=True,  # as the edges
                     name=f"{name} stage {stage} -> stage {stage + 1}",
                     **self._bridge_options(),
                 )

@@ -132,6 +132,7 @@ def fake_bridge_class(world: FakeWorld) -> type:
             name: str,
             timeout: Any = None,
             max_in_flight: int = 32,
+            unpaired_backward: bool = False,
         ) -> None:
             self.name, self.ndim, self.dtype, self.timeout = name, ndim, dtype, timeout
             self.batch_dim = batch_dim if ndim == 3 else 0

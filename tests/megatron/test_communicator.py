@@ -295,6 +295,7 @@ def test_dtype_device_axes_and_timeout_reach_the_bridges(worlds: Any, monkeypatc
     world.run(body)
     common = {
         "max_in_flight": 3,
+        "unpaired_backward": True,
         "ndim": 3,
         "dtype": torch.bfloat16,
         "device": torch.device("cpu"),
