@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core.enums import ModelType
 from megatron.core.models.mimo import MimoModel as _CoreMimoModel
 from megatron.core.models.mimo.config import MimoModelConfig
+from megatron.core.models.mimo.submodules.base import ModalitySubmodules
 
 from mimo_ext.megatron.colocated import ColocatedBridges, modules_to_bridge, sizes_of
 from mimo_ext.megatron.module_random import ModuleRandomState, tp_rank_in
@@ -36,6 +37,9 @@ class MimoModel(_CoreMimoModel):
             by the next forward's; an empty queue means that the counts are unknown.
         pg_collection: groups of this rank's module, set by the provider; Float16Module reads it.
         model_type: what the schedule without a pipeline asks of every model.
+
+    Of an encoder with pipeline stages megatron-core runs the layers on the first one; the copies that it builds on the
+    others are not trained.
 
     Modules on the language model's ranks may have other TP, CP and DP sizes than it has: see
     `mimo_ext.megatron.colocated` for which samples each rank gets then. The bridges between them are built by the first
@@ -75,6 +79,9 @@ class MimoModel(_CoreMimoModel):
             # What finalize_model_grads asks of every pipelined module, to sum the gradients of tied embeddings.
             submodule.pre_process = submodule.is_first_stage
             submodule.share_embeddings_and_output_weights = False
+            if not submodule.is_first_stage and type(submodule).forward is ModalitySubmodules.forward:
+                # Built on every stage, but run on the first only: DDP would wait for gradients that never come.
+                submodule.encoders.requires_grad_(False)
         self.pg_collection: Any = None
         self.model_type = ModelType.encoder_or_decoder
         self.row_counts: dict[str, deque[list[int]]] = {name: deque(maxlen=1) for name in modality_names}
