@@ -204,7 +204,7 @@ CASES = [
     image_case("language pp 2", {"dp": 2}, {"tp": 2, "pp": 2}, microbatches=4, overlap=True),
     image_case("language pp 2, one microbatch", {"dp": 3}, {"dp": 2, "pp": 2}, LANGUAGE_MEAN, microbatches=1),
     image_case("language pp 2, tied embeddings", {"dp": 1}, {"dp": 2, "pp": 2}, MEAN, tied=True, clip=0.3),
-    image_case("encoder pp 2", {"pp": 2}, {"dp": 2}, ENCODER_MEAN, microbatches=4),
+    image_case("encoder pp 2", {"pp": 2}, {"dp": 2}, ENCODER_MEAN, microbatches=4, overlap=True),
     image_case("both pp 2, learned positions", {"dp": 2, "pp": 2}, {"pp": 2}, MEAN, position="learned_absolute"),
     # context and sequence parallelism of the language model
     image_case("cp 2", {"dp": 2}, {"cp": 2}),
@@ -248,9 +248,18 @@ CASES = [
     image_case("no token at all", {"dp": 3}, {"dp": 2}, ENCODER_MEAN, tokens="none", optimizer="mimo sgd"),
     image_case("no token at all, mean loss", {"dp": 2}, {"cp": 2}, MEAN, tokens="none", optimizer="sgd"),
     # lanes with nothing but text
-    image_case("text-only lanes", {"dp": 2}, {"dp": 2}, text_only=True),
+    image_case("text-only lanes", {"dp": 2}, {"dp": 2}, text_only=True, overlap=True),
     image_case("text-only lanes, 3 -> 2", {"dp": 3}, {"dp": 2}, LANGUAGE_MEAN, text_only=True, microbatches=4),
     # Megatron's distributed optimizer
     image_case("distributed optimizer", {"dp": 2}, {"dp": 2, "tp": 2}, optimizer="mimo distributed", clip=0.3),
     image_case("distributed optimizer, cp 2", {"dp": 2}, {"cp": 2}, ENCODER_MEAN, optimizer="mimo distributed"),
+    # all modules on the same ranks, no pipelining
+    image_case("colocated", {"dp": 2}, {"dp": 2}, colocated=True, clip=0.3),
+    image_case("colocated, sp", {"tp": 2}, {"tp": 2}, MEAN, colocated=True, sequence_parallel=True),
+    image_case("colocated, cp 2", {"cp": 2}, {"cp": 2}, colocated=True),
+    image_case("colocated, cp 2, mean loss", {"cp": 2, "dp": 2}, {"cp": 2, "dp": 2}, MEAN, colocated=True, clip=0.3),
+    image_case("colocated, cp 2, encoder by mean", {"cp": 2}, {"cp": 2}, ENCODER_MEAN, colocated=True),
+    image_case("colocated, fan-in", {"dp": 4}, {"tp": 2, "dp": 2}, ENCODER_MEAN, colocated=True, clip=0.3),
+    image_case("colocated, fan-out", {"tp": 2}, {"dp": 2}, LANGUAGE_MEAN, colocated=True, microbatches=4),
+    image_case("colocated, 2 -> 3", {"cp": 3, "dp": 2}, {"cp": 2, "dp": 3}, MEAN, colocated=True, text_only=True),
 ]

@@ -138,8 +138,11 @@ class Ranks:
 
     def close(self) -> None:
         """End the transfers; collective."""
+        from mimo_ext.megatron.parallel_utils import unwrap_megatron_mimo_model
+
         if self.communicator is not None:
             self.communicator.close()
+        unwrap_megatron_mimo_model(self.model).close()
 
     def _forward(self, batches: Iterator[dict[str, Any]], model: Any) -> tuple[Any, Callable[..., Any]]:
         case, data = self.case, next(batches)

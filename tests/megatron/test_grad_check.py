@@ -28,6 +28,9 @@ SUBSET = [
     "empty step",
     "no token at all",
     "distributed optimizer, cp 2",
+    "colocated, sp",
+    "colocated, cp 2, encoder by mean",
+    "colocated, 2 -> 3",
 ]
 
 
