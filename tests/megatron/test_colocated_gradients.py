@@ -6,10 +6,9 @@ import grad_check
 from grad_cases import CASES
 
 SUBSET = [
-    "colocated, 2 -> 3",
+    "colocated, 2 -> 3, tp 2",
     "colocated, fan-in, mean loss",
     "colocated, fan-out, language by mean",
-    "colocated, cp 2, encoder by mean",
     "colocated, sp and cp 2",
     "colocated, two encoders",
     "colocated, text-only lanes",
