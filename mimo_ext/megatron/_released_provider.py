@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,8 +44,8 @@ class MegatronMIMOProvider(MimoModelProvider):
         megatron_mimo_parallelism_config: sizes and ranks of the modules.
     """
 
-    standard_provider: Any = None
-    megatron_mimo_parallelism_config: MimoParallelismConfig | None = None
+    standard_provider: Any = field(default=None, kw_only=True)
+    megatron_mimo_parallelism_config: MimoParallelismConfig | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.standard_provider is not None:

@@ -5,13 +5,17 @@ Every function here that makes a process group is collective over the world: all
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from mimo_ext.megatron.config import MimoParallelismConfig
 
 EXPERT_VIEW_NAME = "expert"
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 # The order is part of the contract: every rank makes these groups one after another.
 _BASE_GROUPS = (
@@ -28,6 +32,25 @@ _BASE_GROUPS = (
 _EXPERT_GROUPS = (("ep",), ("expt_tp",), ("expt_dp",), ("expt_tp", "ep"), ("expt_tp", "ep", "pp"))
 
 
+def _also_named(**names: str) -> Callable[[_F], _F]:
+    """Accept a parameter under the released generation's name, too: ``released="ours"``."""
+
+    def decorate(function: _F) -> _F:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for released, ours in names.items():
+                if released in kwargs:
+                    if ours in kwargs:
+                        raise TypeError(f"{function.__name__}() got both {ours!r} and {released!r}, which are one")
+                    kwargs[ours] = kwargs.pop(released)
+            return function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+@_also_named(megatron_mimo_parallelism_config="mimo_parallelism_config")
 def build_hypercomm_grids(mimo_parallelism_config: MimoParallelismConfig, backend: str | None = None) -> dict[str, Any]:
     """Make a HyperCommGrid per module, with all its process groups, on every rank.
 
@@ -35,7 +58,8 @@ def build_hypercomm_grids(mimo_parallelism_config: MimoParallelismConfig, backen
     ranks; DDP and megatron-core's MIMO optimizer read both.
 
     Args:
-        mimo_parallelism_config: sizes of the modules, with ``data_parallel_size`` set.
+        mimo_parallelism_config: sizes of the modules, with ``data_parallel_size`` set. The released generation's
+            name, ``megatron_mimo_parallelism_config``, is accepted, too.
         backend: of the groups. Default: the backend of the default process group, or "nccl" where there is none.
 
     Returns:
@@ -78,6 +102,7 @@ def build_hypercomm_grids(mimo_parallelism_config: MimoParallelismConfig, backen
     return grids
 
 
+@_also_named(pp_rank_groups="pp_group")
 def populate_embedding_and_position_groups(
     pp_group: Any,
 ) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
@@ -88,7 +113,8 @@ def populate_embedding_and_position_groups(
     Args:
         pp_group: the rank lists of *all* pipelines of a module (``grid.get_rank_enum(["pp"])``): every rank of the
             world calls this and makes every group, in one order. Or the PP process group of the current rank: then
-            the ranks of that group call this, and no others need to. Or None.
+            the ranks of that group call this, and no others need to. Or None. ``pp_rank_groups`` is accepted as a
+            name, too.
 
     Returns:
         ``(pos_embd_pg, embd_pg)`` of the current rank, None for a group that it is not in.

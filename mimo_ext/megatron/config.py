@@ -148,7 +148,7 @@ class MimoParallelismConfig:
                 f"Found modules: {self.module_names}. The language module has this fixed key."
             )
         for name, parallelism in self.module_parallelisms.items():
-            if parallelism.data_parallel_size is None and len(self.module_parallelisms) > 1:
+            if parallelism.data_parallel_size is None and not self._may_fill_in_data_parallel():
                 raise ValueError(
                     f"data_parallel_size must be set for every module; world_size must be provided to compute "
                     f"data_parallel_size, and the world is shared here (module '{name}' has none)."
@@ -159,6 +159,10 @@ class MimoParallelismConfig:
                 raise ValueError(f"module '{name}': {error}") from error
         self._check_ranges(world_size)
         self._check_dense_encoders()
+
+    def _may_fill_in_data_parallel(self) -> bool:
+        """Whether the world belongs to one module alone."""
+        return len(self.module_parallelisms) == 1
 
     def _check_ranges(self, world_size: int) -> None:
         ranges = sorted(
@@ -209,13 +213,16 @@ class MimoParallelismConfig:
 class MegatronMIMOParallelismConfig(MimoParallelismConfig):
     """The released generation's class: same fields, and the limits that its bridge had.
 
-    Ranges must be disjoint, TP sizes powers of two, DP sizes must divide one another.
+    Ranges must be disjoint, TP sizes powers of two, DP sizes must divide one another and be given for every module.
     """
 
     def finalize(self, world_size: int) -> None:
         """As in the base class, with the released limits on top. Raises ValueError."""
         super().finalize(world_size)
         self._check_released_limits()
+
+    def _may_fill_in_data_parallel(self) -> bool:
+        return False
 
     def _check_ranges(self, world_size: int) -> None:
         covered, previous = 0, ""

@@ -89,8 +89,6 @@ class MimoModelProvider(ProviderBase):
     modality_submodules_spec: dict[str, ModuleSpec] = field(default_factory=dict)
     special_token_ids: dict[str, int] = field(default_factory=dict)
     mimo_parallelism_config: MimoParallelismConfig | None = None
-    topology: dict[str, list[str]] | None = None
-    module_output_ndim: dict[str, int] | None = None
     _cached_infra: MimoModelInfra | None = field(default=None, init=False, repr=False, compare=False)
 
     freeze_language_model: bool = False
@@ -102,6 +100,9 @@ class MimoModelProvider(ProviderBase):
     use_cpu_initialization: bool = False
     init_model_with_meta_device: bool = False
     virtual_pipeline_model_parallel_size: int | None = None
+
+    topology: dict[str, list[str]] | None = field(default=None, kw_only=True)
+    module_output_ndim: dict[str, int] | None = field(default=None, kw_only=True)
 
     @property
     def tensor_model_parallel_size(self) -> int:
@@ -128,8 +129,25 @@ class MimoModelProvider(ProviderBase):
 
     @property
     def _grids(self) -> dict[str, Any] | None:
-        """Grids of the cached infrastructure, None before it is built."""
+        """Grids of the cached infrastructure, None before it is built.
+
+        Setting None sets the infrastructure aside (programs do so around saving the provider); setting the same grids
+        again brings it back. Other grids cannot be set: ValueError.
+        """
         return self._cached_infra.module_to_grid_map if self._cached_infra is not None else None
+
+    @_grids.setter
+    def _grids(self, grids: dict[str, Any] | None) -> None:
+        if grids is self._grids:
+            return
+        if grids is None:
+            self.__dict__["_infra_set_aside"] = self._cached_infra
+            self._cached_infra = None
+            return
+        aside = self.__dict__.pop("_infra_set_aside", None)
+        if aside is None or aside.module_to_grid_map is not grids:
+            raise ValueError("_grids: expected None or the grids of build_infra(), got others")
+        self._cached_infra = aside
 
     # --- infrastructure
 

@@ -58,6 +58,16 @@ def test_backend_can_be_given(monkeypatch):
     assert {c.kwargs["backend"] for c in grid_class.call_args_list} == {"gloo"}
 
 
+def test_released_parameter_names(monkeypatch):
+    grid_class = MagicMock()
+    monkeypatch.setattr("megatron.core.hyper_comm_grid.HyperCommGrid", grid_class)
+    assert list(build_hypercomm_grids(megatron_mimo_parallelism_config=LAYOUT)) == list(LAYOUT.module_parallelisms)
+    with pytest.raises(TypeError, match="got both 'mimo_parallelism_config' and 'megatron_mimo_parallelism_config'"):
+        build_hypercomm_grids(mimo_parallelism_config=LAYOUT, megatron_mimo_parallelism_config=LAYOUT)
+    assert populate_embedding_and_position_groups(pp_rank_groups=None) == (None, None)
+    assert populate_embedding_and_position_groups(pp_group=None) == (None, None)
+
+
 def test_embedding_groups_from_rank_lists(monkeypatch, as_rank):
     new_group = MagicMock(side_effect=lambda ranks: f"group of {ranks}")
     monkeypatch.setattr("torch.distributed.new_group", new_group)

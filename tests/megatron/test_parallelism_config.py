@@ -99,6 +99,14 @@ def test_ranges_that_do_not_tile(kind, language, world, message):
         kind({"images": module(dp=2), "language": language}).finalize(world)
 
 
+def test_data_parallel_size_of_a_single_module():
+    config = MimoParallelismConfig({"language": module(tp=2, dp=None)})
+    config.finalize(6)
+    assert config.get_parallelism("language").data_parallel_size == 3
+    with pytest.raises(ValueError, match="world_size must be provided to compute data_parallel_size"):
+        MegatronMIMOParallelismConfig({"language": module(tp=2, dp=None)}).finalize(6)
+
+
 @BOTH
 def test_encoders_stay_dense(kind):
     with pytest.raises(ValueError, match=r"Encoder modules must remain dense.*'images'.*expert_model_parallel_size=2"):

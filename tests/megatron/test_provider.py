@@ -189,6 +189,31 @@ def test_released_face_builds_once_however_often_it_is_asked(stand_ins):
     stand_ins.build_hypercomm_grids.assert_called_once()
 
 
+@FACES
+def test_grids_can_be_set_aside_and_brought_back(stand_ins, face):
+    """As a program does that saves the provider without what was built from it."""
+    made = make(face)
+    infra = made.get_or_build_infra()
+    grids = made._grids
+    made._grids = None
+    assert made._grids is made._cached_infra is None
+    made._grids = grids
+    assert made.get_or_build_infra() is infra
+    made._grids = grids
+    with pytest.raises(ValueError, match="expected None or the grids of build_infra"):
+        made._grids = {"images": object()}
+    assert stand_ins.build_hypercomm_grids.call_count == 1
+
+
+def test_order_of_the_documents_fields():
+    made = MimoModelProvider("language", {"images": "spec"}, {"images": 3}, "parallelism", True, {"images": True})
+    assert made.mimo_parallelism_config == "parallelism"
+    assert made.freeze_language_model is True
+    assert made.freeze_modality_encoders == {"images": True}
+    with pytest.raises(TypeError, match="positional"):
+        MimoModelProvider(*["x"] * 13)
+
+
 def test_groups_of_a_destroyed_world_are_not_reused(stand_ins, monkeypatch):
     made = make()
     first = made.get_or_build_infra()
