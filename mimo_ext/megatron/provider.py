@@ -326,7 +326,7 @@ class MimoModelProvider(ProviderBase):
             model_type: accepted for the callers of other providers.
             overlap_param_gather_with_optimizer_step: one DDP bucket per module, as Megatron does for it.
             fp16, bf16: override the provider's fields.
-            use_megatron_fsdp, use_torch_fsdp2: not supported.
+            use_megatron_fsdp, use_torch_fsdp2: not supported, as in ``ddp_config``.
             wrap_with_ddp: wrap each module with DDP.
             data_parallel_random_init: broadcast the weights of the first data-parallel rank of each module.
             use_cpu_initialization: True leaves the model on the CPU; otherwise the provider's field decides.
@@ -342,7 +342,9 @@ class MimoModelProvider(ProviderBase):
             ValueError: no ddp_config although ``wrap_with_ddp``; fp16 and bf16 at once; a layout that does not work.
             NotImplementedError: names the argument that is not supported.
         """
-        self._check_supported(use_megatron_fsdp, use_torch_fsdp2, init_model_with_meta_device)
+        # Megatron's DDP would ignore the flag of its config.
+        asked_by_config = any(getattr(ddp_config, name, False) is True for name in _FSDP_OF_CONFIG)
+        self._check_supported(use_megatron_fsdp or asked_by_config, use_torch_fsdp2, init_model_with_meta_device)
         if wrap_with_ddp and ddp_config is None:
             raise ValueError("ddp_config is required when wrap_with_ddp is True")
         dtype = resolve_dtype(fp16, bf16, self.fp16, self.bf16)
@@ -452,6 +454,9 @@ class MimoModelProvider(ProviderBase):
         for tensor in [p for p in model.parameters() if not p.requires_grad] + list(model.buffers()):
             if tensor.device.type == "cpu":
                 tensor.data = tensor.data.to(device)
+
+
+_FSDP_OF_CONFIG = ("use_megatron_fsdp", "use_custom_fsdp")
 
 
 def _world() -> Any:

@@ -452,6 +452,8 @@ def test_what_is_not_supported_is_named(real_model, face):
     for flag in ("use_megatron_fsdp", "use_torch_fsdp2"):
         with pytest.raises(NotImplementedError, match=rf"FSDP is not yet supported.*{flag}"):
             made.provide_distributed_model(ddp_config=object(), **{flag: True})
+    with pytest.raises(NotImplementedError, match=r"FSDP is not yet supported.*use_megatron_fsdp"):
+        made.provide_distributed_model(ddp_config=SimpleNamespace(use_megatron_fsdp=True))
     with pytest.raises(NotImplementedError, match="init_model_with_meta_device"):
         made.provide_distributed_model(wrap_with_ddp=False, init_model_with_meta_device=True)
     with pytest.raises(NotImplementedError, match="virtual_pipeline_model_parallel_size=2"):
