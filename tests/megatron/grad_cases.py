@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import tiny_mimo
@@ -46,6 +46,7 @@ class Case:
     name: str
     encoders: dict[str, Sizes]
     language: Sizes
+    _: KW_ONLY
     colocated: bool = False
     language_per_token: bool = True
     encoder_per_token: bool = True
@@ -173,11 +174,19 @@ def is_frozen(case: Case, parameter: str) -> bool:
     return part in case.frozen
 
 
-def image_case(name: str, images: Sizes, language: Sizes, loss: str = "token/token", **rest: Any) -> Case:
-    """A case with one encoder. `loss` is "language/encoder", each "token" or "mean"."""
+def make_case(
+    name: str,
+    images: Sizes,
+    language: Sizes,
+    loss: str = "token/token",
+    audio: Sizes | None = None,
+    **rest: Any,
+) -> Case:
+    """A case with one encoder, or two. `loss` is "language/encoder", each "token" or "mean"."""
     language_loss, encoder_loss = loss.split("/")
     flags = {"language_per_token": language_loss == "token", "encoder_per_token": encoder_loss == "token"}
-    return Case(name, {"images": images}, language, **flags, **rest)
+    encoders = {"images": images} | ({} if audio is None else {"audio": audio})
+    return Case(name, encoders, language, **flags, **rest)
 
 
 MEAN, LANGUAGE_MEAN, ENCODER_MEAN = "mean/mean", "mean/token", "token/mean"
@@ -186,37 +195,37 @@ MEAN, LANGUAGE_MEAN, ENCODER_MEAN = "mean/mean", "mean/token", "token/mean"
 # value at least with one layout that scatters, one that gathers and one that neither divides.
 CASES = [
     # data-parallel sizes: gathered, scattered, equal, not dividing
-    image_case("fan-in", {"dp": 2}, {}, microbatches=4),
-    image_case("fan-in, mean loss", {"dp": 4}, {"tp": 2}, MEAN, optimizer="mimo sgd", clip=0.3),
-    image_case("fan-in, language by mean", {"dp": 4}, {"dp": 2}, LANGUAGE_MEAN, optimizer="sgd"),
-    image_case("fan-in, encoder by mean", {"dp": 3}, {}, ENCODER_MEAN, microbatches=1),
-    image_case("fan-out", {}, {"dp": 2}, clip=0.3),
-    image_case("fan-out, mean loss", {"tp": 2}, {"dp": 2}, MEAN, microbatches=4, optimizer="adam"),
-    image_case("fan-out, language by mean", {}, {"dp": 3}, LANGUAGE_MEAN, microbatches=1),
-    image_case("fan-out, encoder by mean", {"dp": 2}, {"dp": 4}, ENCODER_MEAN, optimizer="mimo sgd"),
-    image_case("equal", {"dp": 2, "tp": 2}, {"dp": 2, "tp": 2}, ENCODER_MEAN, clip=0.3),
-    image_case("equal, mean loss by lane", {"dp": 2}, {"dp": 2}, MEAN, mean_by_lane=True, overlap=True),
-    image_case("3 -> 2", {"dp": 3}, {"dp": 2}, optimizer="sgd"),
-    image_case("3 -> 2, mean loss", {"dp": 3}, {"dp": 2}, MEAN, microbatches=1, clip=0.3),
-    image_case("2 -> 3, language by mean", {"dp": 2}, {"dp": 3}, LANGUAGE_MEAN, microbatches=4),
-    image_case("2 -> 3, encoder by mean", {"dp": 2}, {"dp": 3}, ENCODER_MEAN, overlap=True),
+    make_case("fan-in", {"dp": 2}, {}, microbatches=4),
+    make_case("fan-in, mean loss", {"dp": 4}, {"tp": 2}, MEAN, optimizer="mimo sgd", clip=0.3),
+    make_case("fan-in, language by mean", {"dp": 4}, {"dp": 2}, LANGUAGE_MEAN, optimizer="sgd"),
+    make_case("fan-in, encoder by mean", {"dp": 3}, {}, ENCODER_MEAN, microbatches=1),
+    make_case("fan-out", {}, {"dp": 2}, clip=0.3),
+    make_case("fan-out, mean loss", {"tp": 2}, {"dp": 2}, MEAN, microbatches=4, optimizer="adam"),
+    make_case("fan-out, language by mean", {}, {"dp": 3}, LANGUAGE_MEAN, microbatches=1),
+    make_case("fan-out, encoder by mean", {"dp": 2}, {"dp": 4}, ENCODER_MEAN, optimizer="mimo sgd"),
+    make_case("equal", {"dp": 2, "tp": 2}, {"dp": 2, "tp": 2}, ENCODER_MEAN, clip=0.3),
+    make_case("equal, mean loss by lane", {"dp": 2}, {"dp": 2}, MEAN, mean_by_lane=True, overlap=True),
+    make_case("3 -> 2", {"dp": 3}, {"dp": 2}, optimizer="sgd"),
+    make_case("3 -> 2, mean loss", {"dp": 3}, {"dp": 2}, MEAN, microbatches=1, clip=0.3),
+    make_case("2 -> 3, language by mean", {"dp": 2}, {"dp": 3}, LANGUAGE_MEAN, microbatches=4),
+    make_case("2 -> 3, encoder by mean", {"dp": 2}, {"dp": 3}, ENCODER_MEAN, overlap=True),
     # pipelines
-    image_case("language pp 2", {"dp": 2}, {"tp": 2, "pp": 2}, microbatches=4, overlap=True),
-    image_case("language pp 2, one microbatch", {"dp": 3}, {"dp": 2, "pp": 2}, LANGUAGE_MEAN, microbatches=1),
-    image_case("language pp 2, tied embeddings", {"dp": 1}, {"dp": 2, "pp": 2}, MEAN, tied=True, clip=0.3),
-    image_case("encoder pp 2", {"pp": 2}, {"dp": 2}, ENCODER_MEAN, microbatches=4, overlap=True),
-    image_case("both pp 2, learned positions", {"dp": 2, "pp": 2}, {"pp": 2}, MEAN, position="learned_absolute"),
+    make_case("language pp 2", {"dp": 2}, {"tp": 2, "pp": 2}, microbatches=4, overlap=True),
+    make_case("language pp 2, one microbatch", {"dp": 3}, {"dp": 2, "pp": 2}, LANGUAGE_MEAN, microbatches=1),
+    make_case("language pp 2, tied embeddings", {"dp": 1}, {"dp": 2, "pp": 2}, MEAN, tied=True, clip=0.3),
+    make_case("encoder pp 2", {"pp": 2}, {"dp": 2}, ENCODER_MEAN, microbatches=4, overlap=True),
+    make_case("both pp 2, learned positions", {"dp": 2, "pp": 2}, {"pp": 2}, MEAN, position="learned_absolute"),
     # context and sequence parallelism of the language model
-    image_case("cp 2", {"dp": 2}, {"cp": 2}),
-    image_case("cp 2, mean loss", {}, {"cp": 2, "dp": 2}, MEAN, microbatches=4, clip=0.3),
-    image_case("cp 2, mean loss by lane", {"dp": 3}, {"cp": 2, "dp": 2}, MEAN, mean_by_lane=True),
-    image_case("cp 2, language by mean", {"dp": 2}, {"cp": 2, "dp": 3}, LANGUAGE_MEAN, optimizer="sgd"),
-    image_case("cp 2 and pp 2, encoder by mean", {"dp": 2}, {"cp": 2, "pp": 2}, ENCODER_MEAN, microbatches=4),
-    image_case("cp 4, learned positions", {"dp": 2}, {"cp": 4}, microbatches=1, position="learned_absolute"),
-    image_case("sp", {"dp": 2}, {"tp": 2}, sequence_parallel=True, optimizer="mimo sgd", clip=0.3),
-    image_case("sp and pp 2", {"dp": 1}, {"tp": 2, "pp": 2}, MEAN, sequence_parallel=True, microbatches=4),
-    image_case("sp and cp 2", {"dp": 2}, {"tp": 2, "cp": 2}, LANGUAGE_MEAN, sequence_parallel=True, clip=0.3),
-    image_case(
+    make_case("cp 2", {"dp": 2}, {"cp": 2}),
+    make_case("cp 2, mean loss", {}, {"cp": 2, "dp": 2}, MEAN, microbatches=4, clip=0.3),
+    make_case("cp 2, mean loss by lane", {"dp": 3}, {"cp": 2, "dp": 2}, MEAN, mean_by_lane=True),
+    make_case("cp 2, language by mean", {"dp": 2}, {"cp": 2, "dp": 3}, LANGUAGE_MEAN, optimizer="sgd"),
+    make_case("cp 2 and pp 2, encoder by mean", {"dp": 2}, {"cp": 2, "pp": 2}, ENCODER_MEAN, microbatches=4),
+    make_case("cp 4, learned positions", {"dp": 2}, {"cp": 4}, microbatches=1, position="learned_absolute"),
+    make_case("sp", {"dp": 2}, {"tp": 2}, sequence_parallel=True, optimizer="mimo sgd", clip=0.3),
+    make_case("sp and pp 2", {"dp": 1}, {"tp": 2, "pp": 2}, MEAN, sequence_parallel=True, microbatches=4),
+    make_case("sp and cp 2", {"dp": 2}, {"tp": 2, "cp": 2}, LANGUAGE_MEAN, sequence_parallel=True, clip=0.3),
+    make_case(
         "sp, RMSNorm, learned positions",
         {"dp": 3},
         {"tp": 2, "dp": 2},
@@ -226,46 +235,47 @@ CASES = [
         language_options={"normalization": "RMSNorm"},
     ),
     # encoders whose ranks repeat one another
-    image_case("encoder cp 2", {"cp": 2}, {"dp": 2}, MEAN),
-    image_case("encoder cp 2, language cp 2", {"cp": 2, "dp": 2}, {"cp": 2}, ENCODER_MEAN, clip=0.3),
+    make_case("encoder cp 2", {"cp": 2}, {"dp": 2}, MEAN),
+    make_case("encoder cp 2, language cp 2", {"cp": 2, "dp": 2}, {"cp": 2}, ENCODER_MEAN, clip=0.3),
     # two encoders with sizes of their own
-    Case("two encoders", {"images": {"dp": 2}, "audio": {}}, {"dp": 2}, clip=0.3),
-    Case("two encoders, cp 2", {"images": {"dp": 3}, "audio": {"tp": 2}}, {"cp": 2}, False, False),
-    Case("two encoders, encoders by mean", {"images": {"dp": 3}, "audio": {}}, {"dp": 2}, True, False, True),
+    make_case("two encoders", {"dp": 2}, {"dp": 2}, audio={}, clip=0.3),
+    make_case("two encoders, cp 2", {"dp": 3}, {"cp": 2}, MEAN, audio={"tp": 2}),
+    make_case("two encoders, encoders by mean", {"dp": 3}, {"dp": 2}, ENCODER_MEAN, audio={}, overlap=True),
+    make_case("two encoders of unequal depth", {"pp": 2}, {"dp": 2}, LANGUAGE_MEAN, audio={"dp": 2}, microbatches=4),
     # parts that are not trained
-    image_case("frozen encoder", {"dp": 2}, {"dp": 2}, frozen=("encoders",), clip=0.3),
-    image_case("frozen projection", {"dp": 3}, {"dp": 2}, ENCODER_MEAN, frozen=("projections",), optimizer="adam"),
-    image_case("frozen language model", {"dp": 2}, {"cp": 2}, MEAN, frozen=("language",), optimizer="adam"),
-    image_case("only the projection trained", {}, {"pp": 2}, LANGUAGE_MEAN, frozen=("encoders", "language")),
-    image_case("only the language model trained", {"dp": 2}, {"tp": 2}, frozen=("encoders", "projections")),
+    make_case("frozen encoder", {"dp": 2}, {"dp": 2}, frozen=("encoders",), clip=0.3),
+    make_case("frozen projection", {"dp": 3}, {"dp": 2}, ENCODER_MEAN, frozen=("projections",), optimizer="adam"),
+    make_case("frozen language model", {"dp": 2}, {"cp": 2}, MEAN, frozen=("language",), optimizer="adam"),
+    make_case("only the projection trained", {}, {"pp": 2}, LANGUAGE_MEAN, frozen=("encoders", "language")),
+    make_case("only the language model trained", {"dp": 2}, {"tp": 2}, frozen=("encoders", "projections")),
     # tokens that count: none in a microbatch, a lane, a step, at all
-    image_case("empty microbatch", {"dp": 3}, {"dp": 2}, microbatches=4, tokens="empty microbatch"),
-    image_case("empty microbatch, mean loss", {"dp": 2}, {}, MEAN, tokens="empty microbatch"),
-    image_case("empty lane", {"dp": 1}, {"dp": 2}, ENCODER_MEAN, tokens="empty lane", clip=0.3),
-    image_case("empty lane, mean loss", {"dp": 2}, {"dp": 2, "cp": 2}, MEAN, tokens="empty lane"),
-    image_case("empty step", {"dp": 2}, {"dp": 3}, tokens="empty step", clip=0.3),
-    image_case("empty step, mean loss", {"dp": 2}, {"pp": 2}, LANGUAGE_MEAN, tokens="empty step"),
-    image_case("no token at all", {"dp": 3}, {"dp": 2}, ENCODER_MEAN, tokens="none", optimizer="mimo sgd"),
-    image_case("no token at all, mean loss", {"dp": 2}, {"cp": 2}, MEAN, tokens="none", optimizer="sgd"),
+    make_case("empty microbatch", {"dp": 3}, {"dp": 2}, microbatches=4, tokens="empty microbatch"),
+    make_case("empty microbatch, mean loss", {"dp": 2}, {}, MEAN, tokens="empty microbatch"),
+    make_case("empty lane", {"dp": 1}, {"dp": 2}, ENCODER_MEAN, tokens="empty lane", clip=0.3),
+    make_case("empty lane, mean loss", {"dp": 2}, {"dp": 2, "cp": 2}, MEAN, tokens="empty lane"),
+    make_case("empty step", {"dp": 2}, {"dp": 3}, tokens="empty step", clip=0.3),
+    make_case("empty step, mean loss", {"dp": 2}, {"pp": 2}, LANGUAGE_MEAN, tokens="empty step"),
+    make_case("no token at all", {"dp": 3}, {"dp": 2}, ENCODER_MEAN, tokens="none", optimizer="mimo sgd"),
+    make_case("no token at all, mean loss", {"dp": 2}, {"cp": 2}, MEAN, tokens="none", optimizer="sgd"),
     # lanes with nothing but text
-    image_case("text-only lanes", {"dp": 2}, {"dp": 2}, text_only=True, overlap=True),
-    image_case("text-only lanes, 3 -> 2", {"dp": 3}, {"dp": 2}, LANGUAGE_MEAN, text_only=True, microbatches=4),
+    make_case("text-only lanes", {"dp": 2}, {"dp": 2}, text_only=True, overlap=True),
+    make_case("text-only lanes, 3 -> 2", {"dp": 3}, {"dp": 2}, LANGUAGE_MEAN, text_only=True, microbatches=4),
     # Megatron's distributed optimizer
-    image_case("distributed optimizer", {"dp": 2}, {"dp": 2, "tp": 2}, optimizer="mimo distributed", clip=0.3),
-    image_case("distributed optimizer, cp 2", {"dp": 2}, {"cp": 2}, ENCODER_MEAN, optimizer="mimo distributed"),
+    make_case("distributed optimizer", {"dp": 2}, {"dp": 2, "tp": 2}, optimizer="mimo distributed", clip=0.3),
+    make_case("distributed optimizer, cp 2", {"dp": 2}, {"cp": 2}, ENCODER_MEAN, optimizer="mimo distributed"),
     # all modules on the same ranks, no pipelining
-    image_case("colocated", {"dp": 2}, {"dp": 2}, colocated=True, clip=0.3),
-    image_case("colocated, sp", {"tp": 2}, {"tp": 2}, MEAN, colocated=True, sequence_parallel=True),
-    image_case("colocated, cp 2", {"cp": 2}, {"cp": 2}, colocated=True),
-    image_case("colocated, cp 2, mean loss", {"cp": 2, "dp": 2}, {"cp": 2, "dp": 2}, MEAN, colocated=True, clip=0.3),
-    image_case("colocated, cp 2, encoder by mean", {"cp": 2}, {"cp": 2}, ENCODER_MEAN, colocated=True),
-    image_case("colocated, fan-in", {"dp": 4}, {"tp": 2, "dp": 2}, ENCODER_MEAN, colocated=True, clip=0.3),
-    image_case("colocated, fan-out", {"tp": 2}, {"dp": 2}, LANGUAGE_MEAN, colocated=True, microbatches=4),
-    image_case("colocated, 2 -> 3", {"cp": 3, "dp": 2}, {"cp": 2, "dp": 3}, MEAN, colocated=True, text_only=True),
-    image_case("colocated, fan-in, mean loss", {"dp": 4}, {"dp": 2, "tp": 2}, MEAN, colocated=True, overlap=True),
-    image_case("colocated, fan-in, by lane", {"dp": 4}, {"tp": 4}, MEAN, colocated=True, mean_by_lane=True),
-    image_case("colocated, fan-out, sgd", {"tp": 2}, {"dp": 2}, ENCODER_MEAN, colocated=True, optimizer="sgd"),
-    image_case(
+    make_case("colocated", {"dp": 2}, {"dp": 2}, colocated=True, clip=0.3),
+    make_case("colocated, sp", {"tp": 2}, {"tp": 2}, MEAN, colocated=True, sequence_parallel=True),
+    make_case("colocated, cp 2", {"cp": 2}, {"cp": 2}, colocated=True),
+    make_case("colocated, cp 2, mean loss", {"cp": 2, "dp": 2}, {"cp": 2, "dp": 2}, MEAN, colocated=True, clip=0.3),
+    make_case("colocated, cp 2, encoder by mean", {"cp": 2}, {"cp": 2}, ENCODER_MEAN, colocated=True),
+    make_case("colocated, fan-in", {"dp": 4}, {"tp": 2, "dp": 2}, ENCODER_MEAN, colocated=True, clip=0.3),
+    make_case("colocated, fan-out", {"tp": 2}, {"dp": 2}, LANGUAGE_MEAN, colocated=True, microbatches=4),
+    make_case("colocated, 2 -> 3", {"cp": 3, "dp": 2}, {"cp": 2, "dp": 3}, MEAN, colocated=True, text_only=True),
+    make_case("colocated, fan-in, mean loss", {"dp": 4}, {"dp": 2, "tp": 2}, MEAN, colocated=True, overlap=True),
+    make_case("colocated, fan-in, by lane", {"dp": 4}, {"tp": 4}, MEAN, colocated=True, mean_by_lane=True),
+    make_case("colocated, fan-out, sgd", {"tp": 2}, {"dp": 2}, ENCODER_MEAN, colocated=True, optimizer="sgd"),
+    make_case(
         "colocated, fan-out, language by mean",
         {"dp": 2, "tp": 2},
         {"dp": 4},
@@ -274,10 +284,10 @@ CASES = [
         microbatches=1,
         clip=0.3,
     ),
-    image_case("colocated, 2 -> 3, tp 2", {"dp": 2, "cp": 3}, {"dp": 3, "tp": 2}, MEAN, colocated=True),
-    image_case("colocated, fan-in, cp 2", {"dp": 2}, {"cp": 2}, colocated=True, clip=0.3),
-    image_case("colocated, tp 2 to cp 2", {"tp": 2, "dp": 2}, {"cp": 2, "dp": 2}, MEAN, colocated=True),
-    image_case("colocated, sp and cp 2", {"dp": 4}, {"tp": 2, "cp": 2}, MEAN, colocated=True, sequence_parallel=True),
+    make_case("colocated, 2 -> 3, tp 2", {"dp": 2, "cp": 3}, {"dp": 3, "tp": 2}, MEAN, colocated=True),
+    make_case("colocated, fan-in, cp 2", {"dp": 2}, {"cp": 2}, colocated=True, clip=0.3),
+    make_case("colocated, tp 2 to cp 2", {"tp": 2, "dp": 2}, {"cp": 2, "dp": 2}, MEAN, colocated=True),
+    make_case("colocated, sp and cp 2", {"dp": 4}, {"tp": 2, "cp": 2}, MEAN, colocated=True, sequence_parallel=True),
     Case(
         "colocated, two encoders",
         {"images": {"dp": 4}, "audio": {"tp": 2, "dp": 2}},
@@ -292,9 +302,9 @@ CASES = [
         colocated=True,
         clip=0.3,
     ),
-    image_case("colocated, text-only lanes", {"dp": 4}, {"dp": 2, "tp": 2}, MEAN, colocated=True, text_only=True),
-    image_case("colocated, frozen encoder", {"dp": 2}, {"tp": 2}, colocated=True, frozen=("encoders",)),
-    image_case(
+    make_case("colocated, text-only lanes", {"dp": 4}, {"dp": 2, "tp": 2}, MEAN, colocated=True, text_only=True),
+    make_case("colocated, frozen encoder", {"dp": 2}, {"tp": 2}, colocated=True, frozen=("encoders",)),
+    make_case(
         "colocated, frozen language model",
         {"tp": 2},
         {"dp": 2},
@@ -303,16 +313,16 @@ CASES = [
         frozen=("language",),
         optimizer="adam",
     ),
-    image_case(
+    make_case(
         "colocated, only the language model trained",
         {"dp": 2},
         {"tp": 2},
         colocated=True,
         frozen=("encoders", "projections"),
     ),
-    image_case("colocated, empty lane", {"dp": 2}, {"tp": 2}, ENCODER_MEAN, colocated=True, tokens="empty lane"),
-    image_case("colocated, no token at all", {"tp": 2}, {"dp": 2}, colocated=True, tokens="none", optimizer="sgd"),
-    image_case(
+    make_case("colocated, empty lane", {"dp": 2}, {"tp": 2}, ENCODER_MEAN, colocated=True, tokens="empty lane"),
+    make_case("colocated, no token at all", {"tp": 2}, {"dp": 2}, colocated=True, tokens="none", optimizer="sgd"),
+    make_case(
         "colocated, distributed optimizer", {"dp": 4}, {"dp": 2, "tp": 2}, colocated=True, optimizer="mimo distributed"
     ),
 ]
