@@ -29,8 +29,6 @@ SUBSET = [
     "no token at all",
     "distributed optimizer, cp 2",
     "colocated, sp",
-    "colocated, cp 2, encoder by mean",
-    "colocated, 2 -> 3",
 ]
 
 
