@@ -1,0 +1,1 @@
+"""Recipes: functions that return a training config, as Megatron-Bridge's recipes do."""
