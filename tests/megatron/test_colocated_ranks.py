@@ -6,6 +6,7 @@ ranks are replicas, and their context-parallel ranks take the loss of their part
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from launch import RankFailure, launch
 from test_mimo_model import AUDIO, HIDDEN, IMAGE, model
 from tiny_mimo import Grid
+
+from mimo_ext import BridgeTimeoutError
 
 SEQ = 8
 TOKENS = {"images": IMAGE, "audio": AUDIO}
@@ -239,6 +242,44 @@ def test_a_backward_out_of_order_is_refused() -> None:
         assert f"Rank {rank}, module 'images': expected the gradient of forward pass 0, got that of forward pass 1" in (
             text
         )
+
+
+def late_rank(rank: int, world_size: int) -> str:
+    made = model({"images": grid({"dp": 2}), "language": grid({"tp": 2})})
+    made.build_bridges(timedelta(seconds=1))
+    text = ""
+    if rank == 0:
+        data = microbatch([[2, 0], [1, 0]])
+        with pytest.raises(BridgeTimeoutError) as error:
+            made(data["ids"], modality_inputs={"images": {"encoder": {"x": data["images"][:2]}}})
+        text = str(error.value)
+    dist.barrier()
+    return text
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    text, _ = launch(late_rank, 2)
+    assert "bridge 'row counts of images -> language', rank 0: recv_forward of microbatch 0" in text
+    assert "from rank 1: nothing within 1" in text
+
+
+def precision_rank(rank: int, world_size: int) -> None:
+    sizes = {"images": grid({"dp": 2}), "language": grid({"tp": 2})}
+    made = model(sizes, pipeline_dtype=torch.bfloat16)
+    data = microbatch([[2, 0], [1, 0]])
+    x = (data["images"][:2] if rank == 0 else data["images"][2:]).requires_grad_()
+    out, _ = made(data["ids"], modality_inputs={"images": {"encoder": {"x": x}}})
+    out.sum().backward()
+    assert made.colocated_bridges.bridge_of("images").dtype is torch.bfloat16
+    placed = out.transpose(0, 1)[data["ids"] == IMAGE]
+    torch.testing.assert_close(placed.detach(), 2 * data["images"].bfloat16().float(), rtol=0, atol=0)
+    assert x.grad.dtype is torch.float32
+    torch.testing.assert_close(x.grad, torch.full_like(x, 2.0))
+    made.close()
+
+
+def test_rows_travel_in_the_language_models_precision() -> None:
+    launch(precision_rank, 2)
 
 
 def half_the_world_rank(rank: int, world_size: int) -> None:
