@@ -128,7 +128,7 @@ class MimoModel(_CoreMimoModel):
         if self.role.mode == ModuleLayout.NON_COLOCATED:
             input_tensors = getattr(self, "input_tensors", None)
             if self.role.has_modality_modules:
-                return self._forward_encoders(input_ids, modality_inputs, input_tensors), loss_mask
+                return self._forward_encoders(input_ids, modality_inputs, _with_rows(input_tensors)), loss_mask
             return self._forward_language_module(
                 input_ids, position_ids, attention_mask, loss_mask, labels, input_tensors, packing_kwargs
             )
@@ -368,6 +368,17 @@ class MimoModel(_CoreMimoModel):
         if weight is not None:
             dtype, device = weight.dtype, weight.device
         return torch.empty((0, hidden), device=device, dtype=dtype, requires_grad=True)
+
+
+def _with_rows(input_tensors: Any) -> Any:
+    """What an encoder's stage has received, without the empty batches.
+
+    A batch without the modality was not run by the first stage, which does not know how wide its features would be:
+    later stages must not run it either.
+    """
+    if not isinstance(input_tensors, dict):
+        return input_tensors
+    return {name: x for name, x in input_tensors.items() if not isinstance(x, torch.Tensor) or x.size(0) > 0}
 
 
 def _check_colocated(grids: dict[str, Any]) -> None:
