@@ -324,3 +324,43 @@ def sends_and_forgets(rank: int, world_size: int) -> float:
 def test_what_was_sent_arrives_although_the_sender_is_dropped() -> None:
     durations = launch(sends_and_forgets, 2, timeout=60)
     assert all(duration < 8 for duration in durations)
+
+
+def gradients_first(rank: int, world_size: int) -> list[str]:
+    """Gradients that belong to no activation, alone and in the combined calls; then microbatches as usual."""
+    failures = []
+    edges = [edge for edge in EDGES if edge.rows is None or edge.name == "even rows"]
+    for edge in edges:
+        sends, receives = edge.is_boundary(edge.src, rank), edge.is_boundary(edge.dest, rank)
+        expected = [edge.expected_gradient(rank, seed) if sends else None for seed in range(2)]
+        alone = BridgeCommunicator(**edge.arguments(), timeout=TIMEOUT)
+        for seed in range(2):
+            if rank in edge.dest:
+                alone.send_backward(edge.gradient(rank, seed) if receives else None)
+            if rank in edge.src:
+                failures += check(edge, rank, "gradient alone", alone.recv_backward(), expected[seed])
+        # They were those of the first two microbatches.
+        for seed in range(2):
+            if rank in edge.src:
+                alone.send_forward(edge.output(rank, seed) if sends else None)
+            if rank in edge.dest:
+                activation = edge.part(edge.dest, rank, edge.whole(seed)) if receives else None
+                failures += check(edge, rank, "activation after its gradient", alone.recv_forward(), activation)
+        failures += exchange(alone, edge, rank, 3)
+        alone.close()
+        both = BridgeCommunicator(**edge.arguments(), timeout=TIMEOUT)
+        if rank in edge.src:
+            got = both.send_forward_recv_backward(edge.output(rank, 0) if sends else None)
+            failures += check(edge, rank, "gradient in exchange", got, expected[0])
+        if rank in edge.dest:
+            got = both.send_backward_recv_forward(edge.gradient(rank, 0) if receives else None)
+            activation = edge.part(edge.dest, rank, edge.whole(0)) if receives else None
+            failures += check(edge, rank, "activation in exchange", got, activation)
+        failures += exchange(both, edge, rank, 4)
+        both.close()
+    return failures
+
+
+def test_gradients_may_go_ahead_of_the_first_activation() -> None:
+    failures = [failure for rank in launch(gradients_first, WORLD_SIZE, timeout=120) for failure in rank]
+    assert not failures, "\n".join(failures)
