@@ -8,6 +8,7 @@ prints a table and exits with 0, or 1 where a weight differs by more than 1e-5 o
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import sys
 import tempfile
@@ -43,6 +44,7 @@ def reference_rank(rank: int, world_size: int, cases: list[Case], folder: str) -
     """Train every case in one process and leave what it gave in `folder`."""
     from grad_reference import reference
 
+    logging.getLogger("megatron").setLevel(logging.ERROR)  # its advice would stand between the lines of the table
     for case in cases:
         trained = reference(case)
         torch.save(trained, Path(folder) / f"{case.name}.pt")
@@ -65,6 +67,7 @@ def worker(rank: int, world_size: int, cases: list[Case], folder: str, show: boo
     """Run every case that has this rank; returns what rank 0 found wrong, "" for what is right."""
     from grad_ranks import compare_on_ranks
 
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     dist.destroy_process_group()  # each case has a world of its own
     lines = []
     for case in cases:
