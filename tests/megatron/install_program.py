@@ -42,7 +42,7 @@ DIMS = ["tp", "cp", "dp", "pp"]
 class RowEncoder(MegatronModule):
     """[rows, FEATURES] -> [rows, HIDDEN]."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
         super().__init__(config)
         self.up = torch.nn.Linear(FEATURES, 2 * HIDDEN)
         self.down = torch.nn.Linear(2 * HIDDEN, HIDDEN)

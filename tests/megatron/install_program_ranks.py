@@ -6,6 +6,7 @@ As a script (``make check-install``) it prints a table and exits with 1 where an
 from __future__ import annotations
 
 import contextlib
+import importlib.machinery
 import io
 import json
 import logging
@@ -15,6 +16,8 @@ import os
 import runpy
 import sys
 import tempfile
+import types
+import typing
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +81,20 @@ class _Gloo:
         return dist.new_subgroups_by_enumeration(ranks_per_subgroup_list)
 
 
-def run_program(rank: int, world_size: int, install: bool, arguments: list[str]) -> dict[str, Any]:
-    """One rank: the script's result, and how often Megatron's own bridge was constructed."""
+def run_program(
+    rank: int, world_size: int, install: bool, arguments: list[str], program: Path = PROGRAM, bridge: str | None = None
+) -> dict[str, Any]:
+    """One rank: the script's result, and how often Megatron's own bridge was constructed.
+
+    Args:
+        rank, world_size: as `launch` gives them.
+        install: whether the script runs on our classes.
+        arguments: of the script.
+        program: the script.
+        bridge: folder with the sources of Megatron-Bridge, where the script needs them.
+    """
+    if bridge is not None:
+        make_importable(bridge)
     from megatron.core.pipeline_parallel import bridge_communicator
 
     import mimo_ext.megatron as mimo
@@ -100,13 +115,31 @@ def run_program(rank: int, world_size: int, install: bool, arguments: list[str])
         stack.enter_context(mimo.cpu())
         stack.enter_context(mock.patch.object(bridge_communicator, "dist", _Gloo()))
         stack.enter_context(mock.patch.object(released, "__init__", count))
-        stack.enter_context(mock.patch.object(sys, "argv", [str(PROGRAM), *arguments, "--out", folder]))
+        stack.enter_context(mock.patch.object(sys, "argv", [str(program), *arguments, "--out", folder]))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if install:
             stack.enter_context(mimo.install())
-        runpy.run_path(str(PROGRAM), run_name="__main__")
+        runpy.run_path(str(program), run_name="__main__")
         result = json.loads((Path(folder) / f"rank_{rank}.json").read_text())
     return result | {"released_bridges": constructed}
+
+
+def make_importable(bridge: str) -> None:
+    """Make the MIMO modules of Megatron-Bridge importable where what its packages import is missing (GPU software)."""
+    import megatron.core  # noqa: F401
+    import typing_extensions
+
+    sys.path.insert(0, bridge)
+    if not hasattr(typing, "override"):  # new in Python 3.12
+        typing.override = typing_extensions.override
+    for part in ("", ".models", ".models.megatron_mimo", ".models.mimo", ".training", ".training.utils", ".utils"):
+        name = "megatron.bridge" + part
+        package = types.ModuleType(name)
+        package.__path__ = [str(Path(bridge, *name.split(".")))]
+        package.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        sys.modules[name] = package
+        parent, _, leaf = name.rpartition(".")
+        setattr(sys.modules[parent], leaf, package)
 
 
 def run_case(case: Case) -> Row:
