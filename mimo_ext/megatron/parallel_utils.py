@@ -152,6 +152,9 @@ def finalize_model_grads_multimodule(
         force_all_reduce: passed on to each module's reduction.
         infra: MimoModelInfra with ``module_to_grid_map`` and ``pg_collections``.
         module_to_grid_tuple: this rank's ``(module, grid)`` pairs; the grids are those of ``infra``, by identity.
+
+    Raises:
+        RuntimeError: with ``overlap_grad_reduce``: the last microbatch gave a module of several buckets no gradients.
     """
     language_grid = infra.module_to_grid_map.get(MIMO_LANGUAGE_MODULE_KEY)
     per_token = num_tokens is not None and language_grid is not None
@@ -167,6 +170,7 @@ def finalize_model_grads_multimodule(
         # The language module's own finalization sums num_tokens over its ranks and divides by the total. Encoder ranks
         # have counted nothing yet; they get the total below.
         gets_tokens = per_token and name == MIMO_LANGUAGE_MODULE_KEY
+        _start_missing_reduction(name, module, force_all_reduce)
         _finalize_model_grads(
             [module],
             num_tokens=num_tokens if gets_tokens else None,
@@ -196,6 +200,34 @@ def finalize_model_grads_multimodule(
             module.scale_gradients(torch.where(one_over_tokens > 0, one_over_tokens * scale, 1.0))
         else:
             module.scale_gradients(one_over_tokens * scale)
+
+
+def _start_missing_reduction(name: str, module: Any, force_all_reduce: bool | None) -> None:
+    """Take part in a reduction that this rank has not started, because its last microbatch gave the module nothing.
+
+    With ``overlap_grad_reduce`` DDP reduces a bucket once all of its gradients are there. The ranks whose samples have
+    pictures have done so; on one whose last samples are text alone no gradient of the encoder has come.
+
+    Raises:
+        RuntimeError: several buckets are to be reduced, and this rank does not know in which order the others did it.
+    """
+    groups = getattr(module, "bucket_groups", None)
+    if not isinstance(groups, list) or not module.ddp_config.overlap_grad_reduce:
+        return
+    if module.ddp_config.num_distributed_optimizer_instances > 1:
+        return  # such reductions leave no handle by which to know
+    # Before its first gradients a bucket is reduced when gradients are finalized, in any case.
+    missing = [
+        g for g in groups if g.grad_reduce_handle is None and not g.grad_reduce_finished and not g.is_first_batch
+    ]
+    if len(missing) > 1:
+        raise RuntimeError(
+            f"Rank {dist.get_rank()}, module '{name}': expected gradients of all parameters from the last microbatch, "
+            f"got none for {len(missing)} buckets (no sample of this rank has the modality?). Use "
+            "overlap_grad_reduce=False, or a bucket_size that holds the module in one bucket."
+        )
+    for group in missing:
+        group.start_grad_sync(force_all_reduce=force_all_reduce)
 
 
 def _one_over(num_tokens: Any) -> float | torch.Tensor | None:
