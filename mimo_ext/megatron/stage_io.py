@@ -268,6 +268,8 @@ class StageIO:
             counts = queued
         if output.is_hop:
             return None
+        if counts is not None and any(rows < 0 for rows in counts):
+            raise ValueError(f"{self._where(output.module)}: expected rows per sample of 0 or more, got {counts}")
         if counts is not None and sum(counts) != tensor.shape[0]:
             raise ValueError(
                 f"{self._where(output.module)}: expected {sum(counts)} rows (rows per sample {counts}), got an output "

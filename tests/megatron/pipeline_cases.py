@@ -87,6 +87,12 @@ MORE_CASES = [
         {"images": ragged(4, 6, seed=13)},
     ),
     Case(
+        "two encoders on the same ranks",
+        {"images": grid(0, dp=2), "audio": grid(0, tp=2), "language": grid(2, tp=2, dp=2)},
+        {"images": ["language"], "audio": ["language"], "language": []},
+        {"images": ragged(4, 4, seed=15), "audio": ragged(4, 4, seed=16)},
+    ),
+    Case(
         "pp before dp in the grid",
         {"images": grid(0, pp=2, dp=2), "language": grid(4, pp=2, tp=2)},
         {"images": ["language"], "language": []},

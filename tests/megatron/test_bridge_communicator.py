@@ -172,6 +172,28 @@ def test_edges_of_a_pipeline_are_of_this_class(worlds: Any) -> None:
     worlds(case.world_size).run(body)
 
 
+def test_marks_of_unequal_parts_on_a_three_dimensional_tensor_are_refused(worlds: Any) -> None:
+    """The batch axis is cut by samples: marks that say otherwise cannot be honoured, others say nothing new."""
+    sent: dict[int, torch.Tensor] = {}
+
+    def body(rank: int) -> None:
+        communicator = BridgeCommunicator(grid(0, dp=1), grid(1, dp=2), comm_dtype=torch.float32)
+        if rank > 0:
+            sent[rank] = communicator.recv_forward()
+            return
+        x = torch.arange(24.0).reshape(4, 3, 2)
+        x._mimo_bridge_split_sizes = [1, 3]
+        with pytest.raises(ValueError, match=r"rank 0: send_forward: expected a batch axis of equal parts .*\[1, 3\]"):
+            communicator.send_forward(x)
+        x._mimo_bridge_split_sizes = [2, 2]
+        communicator.send_forward(x)
+
+    worlds(3).run(body)
+    whole = torch.arange(24.0).reshape(4, 3, 2)
+    assert torch.equal(sent[1].detach(), whole[:2])
+    assert torch.equal(sent[2].detach(), whole[2:])
+
+
 def test_steps_through_leaders_say_that_they_do_not_exist(worlds: Any) -> None:
     (communicator,) = worlds(1).run(partial(made, src=grid(0, dp=1), dest=grid(0, dp=1)))
     for name in ("_communicate_shapes", "_split_tensor_at_batch_dim", "_get_or_create_bridge_pg"):

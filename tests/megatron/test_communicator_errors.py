@@ -201,6 +201,11 @@ def two(language: Any = None, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
+        (
+            two(topology={"images": ["language", "language"], "language": []}),
+            ValueError,
+            r"topology: module images lists language twice",
+        ),
         (two(topology={"images": ["language"]}), ValueError, r"topology and grids differ: .*, got \['images'\]"),
         (
             two(topology={"images": ["text"], "language": []}),

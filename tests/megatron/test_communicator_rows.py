@@ -35,6 +35,7 @@ def marked(output: torch.Tensor, rows: list[int]) -> torch.Tensor:
     ("output", "row_counts", "error", "match"),
     [
         (good(), {"image": [1, 1]}, ValueError, r"rank 0: expected row_counts .*\['images'\], got \['image'\]"),
+        (good(), {"images": [3, -1]}, ValueError, r"rank 0, module images: expected .* 0 or more, got \[3, -1\]"),
         (good(), [1, 1], TypeError, r"rank 0: expected row_counts as a dict, got list"),
         (good(), {"images": [2, 1]}, ValueError, r"rank 0, module images: expected 3 rows \(.*\[2, 1\].*\(2, 4\)"),
         (marked(good(), [2, 0]), {"images": [1, 1]}, ValueError, r"module images: expected .*\[1, 1\].*marked \[2, 0"),
