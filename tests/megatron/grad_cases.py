@@ -38,6 +38,7 @@ class Case:
             Megatron's.
         clip: ``clip_grad``; only Megatron's optimizers clip.
         text_only: the first samples of every microbatch have no images and no audio.
+        text_at_the_end: no sample of the last microbatch of the second step has any.
         position, tied: position embedding of the language model; whether input and output embeddings are one.
         sequence_parallel: of the language model.
         overlap: gradients are reduced during the backward pass.
@@ -57,6 +58,7 @@ class Case:
     optimizer: str = "mimo adam"
     clip: float = 0.0
     text_only: bool = False
+    text_at_the_end: bool = False
     position: str = "rope"
     tied: bool = False
     sequence_parallel: bool = False
@@ -110,6 +112,8 @@ def microbatch(case: Case, step: int, index: int) -> dict[str, Any]:
         items[-1] = MOST_ITEMS[name]  # never a microbatch without
         if case.text_only:
             items[: SAMPLES // 2] = 0
+        if case.text_at_the_end and (step, index) == (1, case.microbatches - 1):
+            items[:] = 0
         rows = items * tiny_mimo.ROWS_PER_IMAGE
         columns = torch.arange(length)
         ids[(columns >= free[:, None]) & (columns < (free + rows)[:, None])] = TOKENS[name]
@@ -260,6 +264,14 @@ CASES = [
     # lanes with nothing but text
     make_case("text-only lanes", {"dp": 2}, {"dp": 2}, text_only=True, overlap=True),
     make_case("text-only lanes, 3 -> 2", {"dp": 3}, {"dp": 2}, LANGUAGE_MEAN, text_only=True, microbatches=4),
+    make_case("text-only lanes, encoder pp 2", {"pp": 2, "dp": 2}, {"dp": 2}, text_only=True, overlap=True),
+    make_case("text at the end of a step", {"dp": 2}, {"dp": 2}, MEAN, text_at_the_end=True, overlap=True),
+    make_case(
+        "text at the end of a step, encoder pp 2", {"pp": 2}, {"dp": 2}, text_at_the_end=True, overlap=True, clip=0.3
+    ),
+    make_case(
+        "colocated, text at the end of a step", {"dp": 2}, {"tp": 2}, colocated=True, text_at_the_end=True, overlap=True
+    ),
     # Megatron's distributed optimizer
     make_case("distributed optimizer", {"dp": 2}, {"dp": 2, "tp": 2}, optimizer="mimo distributed", clip=0.3),
     make_case("distributed optimizer, cp 2", {"dp": 2}, {"cp": 2}, ENCODER_MEAN, optimizer="mimo distributed"),

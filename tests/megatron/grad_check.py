@@ -68,7 +68,9 @@ def worker(rank: int, world_size: int, cases: list[Case], folder: str, show: boo
     from grad_ranks import compare_on_ranks
 
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    dist.destroy_process_group()  # each case has a world of its own
+    # Each case has a world of its own. A rank that leaves this one breaks the connections of those still coming up.
+    dist.barrier()
+    dist.destroy_process_group()
     lines = []
     for case in cases:
         if rank >= case.world_size:
