@@ -205,7 +205,7 @@ def test_every_name_is_documented_and_proved(check_api: ModuleType, capsys: pyte
 
 
 def row(check_api: ModuleType, name: str, **entry: Any) -> Any:
-    return check_api._read_row("mimo_ext.megatron.role", {"name": name, **entry})
+    return check_api.read_row("mimo_ext.megatron.role", {"name": name, **entry})
 
 
 @pytest.mark.parametrize(
