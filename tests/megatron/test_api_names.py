@@ -22,6 +22,7 @@ from pipeline_model import Case, grid
 from mimo_ext.megatron import communicator, config, parallel_utils
 from mimo_ext.megatron import provider as provider_module
 from mimo_ext.megatron.communicator import MultiModulePipelineCommunicator, RankModuleInfo
+from mimo_ext.megatron.model import MimoModel
 from mimo_ext.megatron.provider import MegatronMIMOProvider, MimoModelProvider
 from mimo_ext.megatron.role import ModuleLayout, ModuleStageInfo, RankRole
 
@@ -182,6 +183,23 @@ def test_overlap_of_the_parameter_gather_asks_for_one_bucket(monkeypatch: pytest
 
 def test_logger_of_the_parallel_utils() -> None:
     assert parallel_utils.logger.name == "mimo_ext.megatron.parallel_utils"
+
+
+# --- model
+
+
+def test_a_model_closes_its_bridges_once_under_both_names() -> None:
+    made = MimoModel.__new__(MimoModel)
+    torch.nn.Module.__init__(made)
+    made.colocated_comms = {}
+    closed: list[str] = []
+    for name in ("close", "destroy"):
+        made._bridges = SimpleNamespace(close=lambda name=name: closed.append(name))
+        assert made.colocated_bridges is made._bridges
+        getattr(made, name)()
+        getattr(made, name)()
+        assert made.colocated_bridges is None
+    assert closed == ["close", "destroy"]
 
 
 # --- the table
