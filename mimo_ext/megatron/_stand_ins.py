@@ -120,6 +120,9 @@ LEFT_ALONE: dict[tuple[str, str], str] = {
         "only asked by isinstance, and our class is derived from it"
     ),
     (_CORE + "models.mimo.config.role", "ModuleLayout"): "members are compared by identity; UNIFIED is added to it",
+    (_CORE + "models.mimo.comm.colocated_communicator", "ColocatedBridgeCommunicator"): (
+        "made by Megatron's own MimoModel alone; ours has a bridge there"
+    ),
     (_CORE + "models.mimo.config.role", "RankRole"): "holds ModuleLayout; its class methods are replaced or added",
 }
 

@@ -110,12 +110,12 @@ class Installation:
         for owner, name, value in tables.attributes():
             self._patches.put(owner, f"{owner.__module__}.{owner.__qualname__}", name, value)
 
-        absent = [home for home in tables.BRIDGE_HOMES if home not in sys.modules and find_spec(home) is None]
+        loaded = _loaded(tables.BRIDGE_HOMES)
+        later = [home for home in tables.BRIDGE_HOMES if home not in loaded and find_spec(home) is not None]
+        absent = tables.BRIDGE_HOMES.keys() - loaded.keys() - set(later)
         supplied = {name: f"{_PACKAGE}.{ours}" for name, ours in tables.SUPPLIED.items() if name in absent}
-        later = [home for home in tables.BRIDGE_HOMES if home not in sys.modules and home not in absent]
-        for home, names in tables.BRIDGE_HOMES.items():
-            if home in sys.modules:
-                self._replace(sys.modules[home], names)
+        for home, module in loaded.items():
+            self._replace(module, tables.BRIDGE_HOMES[home])
         if _has_bridge():
             # Their parents are imported as usual; the hook gives our modules where there is no file.
             self._hook = LoadHook(later, supplied, self._on_load)
@@ -244,9 +244,10 @@ def installed() -> Installation | None:
 
 
 def _import_ours() -> None:
-    """Import what will be put in place, and what it derives from, before any name is replaced.
+    """Import what will be put in place, and what it derives from, before any name is replaced and without our lock.
 
-    The provider is not: where Megatron-Bridge is installed it imports that, which is the program's decision.
+    Not the provider, unless it is needed now: it imports Megatron-Bridge where that is installed, and whether to do so
+    is the program's decision.
     """
     try:
         importlib.import_module("megatron.core")
@@ -259,12 +260,22 @@ def _import_ours() -> None:
     for home in stand_ins.HOMES:
         importlib.import_module(home)
     tables = [*stand_ins.HOMES.values(), *stand_ins.BRIDGE_HOMES.values()]
-    for ours in sorted({name for names in tables for name in names.values()} - {"provider"}):
+    needed = {name for names in tables for name in names.values()}
+    replaced_now = [stand_ins.BRIDGE_HOMES[home].values() for home in _loaded(stand_ins.BRIDGE_HOMES)]
+    if _has_bridge() and not any("provider" in names for names in replaced_now):
+        needed.discard("provider")
+    for ours in sorted(needed):
         importlib.import_module(f"{_PACKAGE}.{ours}")
 
 
+def _loaded(names: Iterable[str]) -> dict[str, types.ModuleType]:
+    """Those of the modules that are loaded. (An entry may be None, or the stand-in of a test.)"""
+    found = {name: sys.modules.get(name) for name in names}
+    return {name: module for name, module in found.items() if isinstance(module, types.ModuleType)}
+
+
 def _has_bridge() -> bool:
-    return "megatron.bridge" in sys.modules or find_spec("megatron.bridge") is not None
+    return bool(_loaded(["megatron.bridge"])) or find_spec("megatron.bridge") is not None
 
 
 def main(arguments: list[str] | None = None) -> None:

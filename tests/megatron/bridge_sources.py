@@ -15,7 +15,7 @@ import pytest
 import typing_extensions
 
 FOLDER = os.environ.get("MIMO_EXT_MEGATRON_BRIDGE", "")
-_PACKAGES = ["", ".models", ".models.megatron_mimo", ".models.common", ".training", ".utils"]
+_PACKAGES = ["", ".models", ".models.megatron_mimo", ".models.mimo", ".models.common", ".training", ".utils"]
 
 
 def require() -> Path:

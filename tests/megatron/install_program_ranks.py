@@ -6,7 +6,6 @@ As a script (``make check-install``) it prints a table and exits with 1 where an
 from __future__ import annotations
 
 import contextlib
-import importlib.machinery
 import io
 import json
 import logging
@@ -16,8 +15,6 @@ import os
 import runpy
 import sys
 import tempfile
-import types
-import typing
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +91,9 @@ def run_program(
         bridge: folder with the sources of Megatron-Bridge, where the script needs them.
     """
     if bridge is not None:
-        make_importable(bridge)
+        import bridge_sources
+
+        bridge_sources.use(bridge)
     from megatron.core.pipeline_parallel import bridge_communicator
 
     import mimo_ext.megatron as mimo
@@ -122,24 +121,6 @@ def run_program(
         runpy.run_path(str(program), run_name="__main__")
         result = json.loads((Path(folder) / f"rank_{rank}.json").read_text())
     return result | {"released_bridges": constructed}
-
-
-def make_importable(bridge: str) -> None:
-    """Make the MIMO modules of Megatron-Bridge importable where what its packages import is missing (GPU software)."""
-    import megatron.core  # noqa: F401
-    import typing_extensions
-
-    sys.path.insert(0, bridge)
-    if not hasattr(typing, "override"):  # new in Python 3.12
-        typing.override = typing_extensions.override
-    for part in ("", ".models", ".models.megatron_mimo", ".models.mimo", ".training", ".training.utils", ".utils"):
-        name = "megatron.bridge" + part
-        package = types.ModuleType(name)
-        package.__path__ = [str(Path(bridge, *name.split(".")))]
-        package.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
-        sys.modules[name] = package
-        parent, _, leaf = name.rpartition(".")
-        setattr(sys.modules[parent], leaf, package)
 
 
 def run_case(case: Case) -> Row:

@@ -343,6 +343,15 @@ def test_modules_that_load_themselves_are_not_loaded(tmp_path, monkeypatch):
         module.anything  # noqa: B018
 
 
+def test_entries_that_are_no_modules_are_passed_over(monkeypatch):
+    monkeypatch.setitem(sys.modules, "megatron.bridge", None)
+    home = "megatron.bridge.models.megatron_mimo.megatron_mimo_builder"
+    stand_in = types.SimpleNamespace(is_pp_first_stage="of a test")
+    monkeypatch.setitem(sys.modules, home, stand_in)
+    with mimo_ext.megatron.install(TESTS):
+        assert sys.modules[home].is_pp_first_stage == "of a test"
+
+
 def test_threads_can_install_at_the_same_time(program):
     module = program(PROGRAM)
     seen, errors = [], []

@@ -1,21 +1,17 @@
-"""`mimo_ext.megatron.install` and Megatron-Bridge: its sources, and stand-ins for what other versions have.
-
-The environment variable MIMO_EXT_MEGATRON_BRIDGE names the folder of the sources (``make test`` fetches them).
-"""
+"""`mimo_ext.megatron.install` and Megatron-Bridge: its sources, and stand-ins for what other versions have."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import sys
 import textwrap
 import types
-from pathlib import Path
 from typing import Any
 
+import bridge_sources
 import pytest
-from install_program_ranks import PROGRAM, Case, Row, make_importable, problems, run_program
+from install_program_ranks import PROGRAM, Case, Row, problems, run_program
 from launch import launch, run_ranks
 
 import mimo_ext.megatron
@@ -28,14 +24,7 @@ TESTS = ("test_install", "test_install_bridge", "test_mimo_model", "test_communi
 
 @pytest.fixture(scope="module")
 def sources() -> str:
-    folder = os.environ.get("MIMO_EXT_MEGATRON_BRIDGE")
-    if folder:
-        assert Path(folder, "megatron", "bridge").is_dir(), f"MIMO_EXT_MEGATRON_BRIDGE: no megatron/bridge in {folder}"
-        return str(Path(folder).resolve())
-    words = "MIMO_EXT_MEGATRON_BRIDGE is not set: it names a folder with the sources of megatron-bridge 0.6.2"
-    if os.environ.get("CI") == "true":
-        pytest.fail(words)
-    pytest.skip(words)
+    return str(bridge_sources.require().resolve())
 
 
 def run(sources: str, world_size: int, install: bool, *arguments: str) -> Any:
@@ -82,7 +71,7 @@ def check_names(expect_ours: bool) -> None:
 
 
 def loaded_before(rank: int, world_size: int, sources: str) -> None:
-    make_importable(sources)
+    bridge_sources.use(sources)
     check_names(False)
     before = {
         name: dict(vars(module)) for name, module in sys.modules.items() if name.startswith(("megatron.", "test_"))
@@ -99,7 +88,7 @@ def loaded_before(rank: int, world_size: int, sources: str) -> None:
 
 
 def loaded_meanwhile(rank: int, world_size: int, sources: str) -> None:
-    make_importable(sources)
+    bridge_sources.use(sources)
     with mimo_ext.megatron.install(TESTS) as done:
         assert MIMO + "megatron_mimo_provider" in done.pending
         assert not [name for name in sys.modules if name.startswith(MIMO)], "install() imports no Megatron-Bridge"

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from install_program_ranks import CASES, PROGRAM, Row, problems, run_case
+from launch import launch
 
 
 def test_an_unmodified_program_gives_the_same_losses_and_weights_on_ours() -> None:
@@ -59,3 +60,22 @@ def test_torchrun_starts_it_on_ours(tmp_path) -> None:
     assert first["losses"] == second["losses"]
     assert first["losses"][1] < first["losses"][0]
     assert f"step 1: loss {first['losses'][1]:.6f}" in done.stdout
+
+
+def run_module(rank: int, world_size: int, folder: str) -> list[str]:
+    from mimo_ext.megatron.install import main
+
+    sys.path.insert(0, folder)
+    main(["-m", "a_module", "--steps", "3"])
+    return sys.modules["collected_by_the_module"].lines
+
+
+def test_a_module_runs_on_ours(tmp_path) -> None:
+    (tmp_path / "a_module.py").write_text(
+        "import sys, types\n"
+        "from megatron.core.pipeline_parallel.multimodule_communicator import RankModuleInfo\n"
+        "box = sys.modules['collected_by_the_module'] = types.ModuleType('box')\n"
+        "box.lines = [__name__, RankModuleInfo.__module__, *sys.argv[1:]]\n"
+    )
+    [lines] = launch(run_module, 1, str(tmp_path))
+    assert lines == ["__main__", "mimo_ext.megatron.communicator", "--steps", "3"]
