@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -148,8 +149,6 @@ def modality_inputs(case: Case, data: dict[str, Any], samples: slice, names: lis
 
 def specs(case: Case, layer_spec: Any) -> tuple[Any, dict[str, Any]]:
     """``(language spec, modality -> spec)`` of whole modules."""
-    import copy
-
     language, encoder = tiny_mimo.specs(
         language_per_token=case.language_per_token,
         encoder_per_token=case.encoder_per_token,
@@ -168,14 +167,9 @@ def specs(case: Case, layer_spec: Any) -> tuple[Any, dict[str, Any]]:
 
 def is_frozen(case: Case, parameter: str) -> bool:
     """Whether the parameter of this name in the whole model is not trained."""
-    part = (
-        "language"
-        if parameter.startswith("language_model.")
-        else "projections"
-        if ".input_projections." in parameter
-        else "encoders"
-    )
-    return part in case.frozen
+    if parameter.startswith("language_model."):
+        return "language" in case.frozen
+    return ("projections" if ".input_projections." in parameter else "encoders") in case.frozen
 
 
 def make_case(

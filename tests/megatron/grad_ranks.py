@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -288,7 +289,7 @@ def difference(case: Case, model: Any, expected: grad_reference.Trained, norms: 
                 raise AssertionError(f"rank {dist.get_rank()}: {name} is frozen and has changed")
             continue
         error = float((parameter.detach() - part).abs().max())
-        if not error < float("inf"):
+        if not math.isfinite(error):
             raise AssertionError(f"rank {dist.get_rank()}: {name} is not finite")
         # Relative to the whole tensor: a shard's own largest value depends on the layout.
         largest = float(expected.final[name].abs().max())
@@ -298,6 +299,8 @@ def difference(case: Case, model: Any, expected: grad_reference.Trained, norms: 
         found.change = max(found.change, error / moved if moved else error)
     for norm, reference in zip(norms, expected.norms, strict=True):
         if norm is not None:
+            if not math.isfinite(norm):
+                raise AssertionError(f"rank {dist.get_rank()}: the norm of the gradients is {norm}")
             found.norm = max(found.norm, abs(norm - reference) / max(reference, 1e-30))
     found.seen = frozenset(seen)
     return found
