@@ -193,7 +193,7 @@ def _draw_layout(figure: Any, layout: VlmLayout, transfers: Sequence[Transfer]) 
                 axes.text(
                     x0 + 0.66 + at * (x1 - x0 - 1.32),
                     y0 + at * (y1 - y0),
-                    f"{transfer.share:.0%}",
+                    f"{100 * transfer.share:.3g}%",
                     fontsize=7,
                     ha="center",
                     va="center",

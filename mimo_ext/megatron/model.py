@@ -111,7 +111,7 @@ class MimoModel(_CoreMimoModel):
 
         Args:
             input_ids: ``[b, s]`` int64, placeholders of the modalities included. Encoder ranks need the ids of their
-                own samples, for the row counts.
+                own samples, for the row counts; ranks of both the language model's.
             position_ids: ``[b, s]`` or None.
             attention_mask: None, or as the language model takes it.
             loss_mask, labels: ``[b, s]`` or None.

@@ -27,8 +27,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("layout", [COLOCATED_LAYOUTS[0], FAN_IN, FAN_OUT])
-def test_losses_and_gradients_equal_one_process(layout: str, reference: Path) -> None:
-    found = compare(layout, reference, SEED, STEPS)
+def test_losses_and_gradients_equal_one_process_and_nothing_of_upstreams_communicators_is_used(
+    layout: str, reference: Path
+) -> None:
+    found = compare(layout, reference, SEED, STEPS, prepare=forbid_upstream)
     assert len(found.losses) == STEPS
     assert found.losses[-1] < found.losses[0]
     assert found.loss_error <= TOLERANCE
@@ -36,11 +38,6 @@ def test_losses_and_gradients_equal_one_process(layout: str, reference: Path) ->
     assert found.worst_gradient[1] <= TOLERANCE, found.worst_gradient
     everything = torch.load(reference / "reference.pt")["gradients"][0]
     assert set(found.gradient_errors) == set(everything)  # no parameter of either module was left out
-
-
-def test_nothing_of_upstreams_communicators_is_used(reference: Path) -> None:
-    found = compare(FAN_IN, reference, SEED, 3, prepare=forbid_upstream)
-    assert found.agrees, (found.loss_error, found.worst_gradient)
 
 
 def take_lanes_of_the_language_model() -> None:

@@ -16,7 +16,7 @@ from launch import RankFailure, launch
 from test_mimo_model import AUDIO, HIDDEN, IMAGE, model
 from tiny_mimo import Grid
 
-from mimo_ext import BridgeTimeoutError
+from mimo_ext import BridgeError, BridgeTimeoutError
 
 SEQ = 8
 TOKENS = {"images": IMAGE, "audio": AUDIO}
@@ -140,6 +140,8 @@ def layouts_rank(rank: int, world_size: int) -> None:
         for counts in RAGGED:
             check_microbatch(made, sizes, counts)
         check_microbatch(made, sizes, RAGGED[0], tell=True)
+        if language.get("dp", 1) <= 2:  # fewer samples than lanes of the encoder: some have none
+            check_microbatch(made, sizes, [[2, 0], [1, 0]])
         made.close()
 
 
@@ -242,6 +244,26 @@ def test_a_backward_out_of_order_is_refused() -> None:
         assert f"Rank {rank}, module 'images': expected the gradient of forward pass 0, got that of forward pass 1" in (
             text
         )
+
+
+def unequal_lanes_rank(rank: int, world_size: int) -> str:
+    """The lanes of the language model have one and two samples."""
+    made = model({"images": grid({"tp": 2}), "language": grid({"dp": 2})})
+    made.build_bridges(timedelta(seconds=2))
+    data = microbatch([[2, 0], [1, 0], [1, 0]])
+    own = slice(0, 1) if rank == 0 else slice(1, 3)
+    with pytest.raises(BridgeError) as error:
+        made(data["ids"][own], modality_inputs={"images": {"encoder": {"x": data["images"]}}})
+    dist.barrier()
+    return str(error.value)
+
+
+def test_lanes_of_the_language_model_with_different_numbers_of_samples_are_refused() -> None:
+    texts = launch(unequal_lanes_rank, 2)
+    # The first to notice says why; the other may only see that the first has gone.
+    assert any("the lanes of module 'language' sent different microbatches: expected 2" in text for text in texts), (
+        texts
+    )
 
 
 def late_rank(rank: int, world_size: int) -> str:
