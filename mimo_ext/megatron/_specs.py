@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import sys
 from typing import Any
@@ -57,6 +58,16 @@ def set_parallel_sizes(language_spec: ModuleSpec, sizes: ModuleParallelismConfig
         if getattr(config, name) != size:
             logger.info("language model config: %s is %s, the grid has %s", name, getattr(config, name), size)
             setattr(config, name, size)
+
+
+def leave_scattering_to_mimo_model(language_spec: ModuleSpec) -> None:
+    """Under sequence parallelism MimoModel cuts the sequence, once all modalities are in it: the embedding must not."""
+    params = language_spec.params or {}
+    option = "scatter_embedding_sequence_parallel"
+    if not getattr(params.get("config"), "sequence_parallel", False) or not inspect.isclass(language_spec.module):
+        return
+    if option in inspect.signature(language_spec.module).parameters:
+        params[option] = False
 
 
 def freeze(module: Any) -> None:

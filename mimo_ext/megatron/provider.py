@@ -24,6 +24,7 @@ from mimo_ext.megatron._specs import (
     _finalize_transformer_configs_in_specs,
     freeze,
     language_spec_with_groups,
+    leave_scattering_to_mimo_model,
     modality_spec_with_groups,
     set_parallel_sizes,
 )
@@ -268,6 +269,7 @@ class MimoModelProvider(ProviderBase):
             )
             assert config is not None
             set_parallel_sizes(language_spec, config.module_parallelisms[MIMO_LANGUAGE_MODULE_KEY])
+            leave_scattering_to_mimo_model(language_spec)
             model_groups = {"cp_group": language_groups.cp, "tp_group": language_groups.tp}
 
         modality_specs = {}

@@ -160,7 +160,6 @@ def specs(case: Case, layer_spec: Any) -> tuple[Any, dict[str, Any]]:
         transformer_layer_spec=layer_spec,
         position_embedding_type=case.position,
         share_embeddings_and_output_weights=case.tied,
-        scatter_embedding_sequence_parallel=False,
     )
     return language, {name: copy.deepcopy(encoder["images"]) for name in case.encoders}
 

@@ -309,3 +309,27 @@ def test_language_model_over_context_and_sequence_parallel_ranks_equals_one_proc
         (2, 2, {"position": "rope", "rotary_interleaved": True, "recompute_granularity": "selective"}),
     ]
     launch(parallel_language_model, 4, cases, timeout=60)
+
+
+def test_under_sequence_parallelism_the_embedding_does_not_scatter() -> None:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from mimo_ext.megatron._specs import leave_scattering_to_mimo_model
+
+    class Other:
+        def __init__(self, config: Any) -> None:
+            self.config = config
+
+    option = "scatter_embedding_sequence_parallel"
+    plain = attention_config()
+    parallel = attention_config(sequence_parallel=True, tensor_model_parallel_size=2)
+    for module, config, given, expected in [
+        (GPTModel, parallel, {}, {option: False}),
+        (GPTModel, parallel, {option: True}, {option: False}),
+        (GPTModel, plain, {}, {}),
+        (Other, parallel, {}, {}),
+    ]:
+        spec = ModuleSpec(module=module, params={"config": config, **given})
+        leave_scattering_to_mimo_model(spec)
+        assert spec.params == {"config": config, **expected}
