@@ -21,7 +21,7 @@ _PACKAGES = ["", ".models", ".models.megatron_mimo", ".models.mimo", ".models.co
 def require() -> Path:
     """The folder with the sources. Skips the test where none is named; on CI that is a failure."""
     if Path(FOLDER, "megatron", "bridge").is_dir():
-        return Path(FOLDER)
+        return Path(FOLDER).resolve()
     reason = f"MIMO_EXT_MEGATRON_BRIDGE is {FOLDER!r}: expected a folder with Megatron-Bridge's sources (pip install "
     reason += "--no-deps --target FOLDER megatron-bridge==0.6.2)"
     if os.environ.get("CI", "").lower() in ("1", "true"):
