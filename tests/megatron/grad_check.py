@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -30,7 +31,7 @@ MOVED = 1e-3  # training changes every trained tensor by more than this part of 
 def check(cases: list[Case], show: bool = False) -> list[str]:
     """Train all cases; returns one line for each that is wrong. `show` prints the table."""
     with tempfile.TemporaryDirectory(prefix="mimo_ext_grad_check_") as folder:
-        launch(reference_rank, 1, cases, folder, timeout=300.0)
+        launch(reference_rank, 2, cases, folder, timeout=300.0)
         ranks = max(case.world_size for case in cases)
         # Large worlds first: a rank that smaller ones do not need has then nothing to wait for.
         ordered = sorted(cases, key=lambda case: -case.world_size)
@@ -41,11 +42,13 @@ def check(cases: list[Case], show: bool = False) -> list[str]:
 
 
 def reference_rank(rank: int, world_size: int, cases: list[Case], folder: str) -> None:
-    """Train every case in one process and leave what it gave in `folder`."""
+    """Train this rank's share of the cases, each in one process, and leave what they gave in `folder`."""
     from grad_reference import reference
 
-    logging.getLogger("megatron").setLevel(logging.ERROR)  # its advice would stand between the lines of the table
-    for case in cases:
+    leave_the_first_world()
+    os.environ.update(WORLD_SIZE="1", RANK="0")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/alone_{rank}", rank=0, world_size=1)
+    for case in cases[rank::world_size]:
         trained = reference(case)
         torch.save(trained, Path(folder) / f"{case.name}.pt")
         check_reference(case, trained)
@@ -65,10 +68,7 @@ def worker(rank: int, world_size: int, cases: list[Case], folder: str, show: boo
     """Run every case that has this rank; returns what rank 0 found wrong, "" for what is right."""
     from grad_ranks import compare_on_ranks
 
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    # Each case has a world of its own. A rank that leaves this one breaks the connections of those still coming up.
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_the_first_world()
     lines = []
     for case in cases:
         if rank >= case.world_size:
@@ -88,6 +88,13 @@ def worker(rank: int, world_size: int, cases: list[Case], folder: str, show: boo
                 print(row(case, found, time.monotonic() - started, wrong), flush=True)
             lines.append(f"{case.name} ({case.layout}): {wrong}" if wrong else "")
     return lines
+
+
+def leave_the_first_world() -> None:
+    """Each case has a default process group of its own."""
+    logging.getLogger("megatron").setLevel(logging.ERROR)  # its advice would stand between the lines of the table
+    dist.barrier()  # a rank that leaves breaks the connections of those still coming up
+    dist.destroy_process_group()
 
 
 HEADER = (
