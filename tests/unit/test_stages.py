@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_ext._extension import _C
@@ -51,6 +51,7 @@ def graphs(draw: st.DrawFn) -> tuple[list[int], list[list[int]]]:
     return draw(st.lists(st.integers(0, 9), min_size=count, max_size=count)), downstream
 
 
+@settings(deadline=None)
 @given(graphs())
 def test_longest_path_is_the_best_of_all_paths(graph: tuple[list[int], list[list[int]]]) -> None:
     weights, downstream = graph
@@ -62,6 +63,7 @@ def test_longest_path_is_the_best_of_all_paths(graph: tuple[list[int], list[list
         assert _C.longest_path(weights, downstream, names, target) == expected
 
 
+@settings(deadline=None)
 @given(graphs(), st.data())
 def test_a_cycle_is_refused_and_named(graph: tuple[list[int], list[list[int]]], data: st.DataObject) -> None:
     weights, downstream = graph
@@ -77,6 +79,7 @@ def test_a_cycle_is_refused_and_named(graph: tuple[list[int], list[list[int]]], 
         assert names.index(to) in downstream[names.index(start)], str(caught.value)
 
 
+@settings(deadline=None)
 @given(graphs(), st.data())
 def test_stages_up_to_a_rank_against_all_paths(graph: tuple[list[int], list[list[int]]], data: st.DataObject) -> None:
     weights, downstream = graph
@@ -170,6 +173,7 @@ def test_time_is_linear_where_paths_are_exponential() -> None:
     assert time.perf_counter() - start < 1.0
 
 
+@settings(deadline=None)
 @given(
     st.permutations(["tp", "cp", "dp", "pp"]), st.lists(st.integers(1, 3), min_size=4, max_size=4), st.integers(0, 5)
 )
