@@ -81,7 +81,7 @@ def test_a_program_that_ends_waits_for_its_sends_unless_it_failed(tmp_path: Path
     environment["PYTHONPATH"] = str(Path(mimo_ext.__file__).parent.parent)
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path / "rendezvous"), how],
+            [sys.executable, "-P", "-c", PROGRAM, str(rank), str(tmp_path / "rendezvous"), how],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,

@@ -384,7 +384,7 @@ def test_without_megatron_core_it_says_what_to_install(monkeypatch):
 
 
 def python(*arguments: str, **options) -> str:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, **options)
+    done = subprocess.run([sys.executable, "-P", *arguments], capture_output=True, text=True, timeout=120, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -50,10 +51,12 @@ def test_the_check_compares_what_megatron_refuses_with_a_layout_that_it_trains()
 
 
 def test_torchrun_starts_it_on_ours(tmp_path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "mimo_ext.megatron.install", "--cpu", str(PROGRAM)]
     command += ["--encoder", "dp=1", "--language", "dp=1", "--steps", "2", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    # The folder of the sources is kept off the path of the ranks, too: what is tested is the installed package.
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     [first, second] = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(2)]
     assert first["communicator"] == second["communicator"] == "mimo_ext.megatron._stand_ins"
