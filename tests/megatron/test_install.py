@@ -11,6 +11,7 @@ import textwrap
 import threading
 import types
 from enum import Enum
+from pathlib import Path
 
 import pytest
 from megatron.core.models.mimo import MimoModel as CoreMimoModel
@@ -383,15 +384,16 @@ def test_without_megatron_core_it_says_what_to_install(monkeypatch):
         mimo_ext.megatron.install()
 
 
-def python(*arguments: str, **options) -> str:
-    done = subprocess.run([sys.executable, "-P", *arguments], capture_output=True, text=True, timeout=120, **options)
+def python(*arguments: str, cwd: Path) -> str:
+    # Elsewhere than in the folder of the sources, which Python would put on its path.
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_importing_it_imports_no_megatron():
+def test_importing_it_imports_no_megatron(tmp_path):
     text = "import sys, mimo_ext.megatron.install; print([n for n in sys.modules if n.split('.')[0] == 'megatron'])"
-    assert python("-c", text) == "[]\n"
+    assert python("-c", text, cwd=tmp_path) == "[]\n"
 
 
 def test_a_script_runs_on_ours_without_a_changed_line(tmp_path):
@@ -405,5 +407,5 @@ def test_a_script_runs_on_ours_without_a_changed_line(tmp_path):
         "    print(torch.zeros(1, device='cuda').device)\n"
     )
     (tmp_path / "beside.py").write_text("from megatron.core.models.mimo import MimoModel\n")
-    out = python("-m", "mimo_ext.megatron.install", "--cpu", str(script), "--steps", "3", "-v")
+    out = python("-m", "mimo_ext.megatron.install", "--cpu", str(script), "--steps", "3", "-v", cwd=tmp_path)
     assert out == "mimo_ext.megatron._stand_ins ['--steps', '3', '-v'] True\ncpu\n"
