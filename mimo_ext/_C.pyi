@@ -21,6 +21,7 @@ class Message(TypedDict):
     sender_lane: int
     receiver_lane: int
     contribution: int
+    chunk: int
     send_box: _Box
     recv_box: _Box
     lane_copy: bool
@@ -89,7 +90,13 @@ class Plan:
     """Who sends which box of the boundary tensor to whom, for one microbatch in one direction."""
 
     def __init__(
-        self, source: Boundary, destination: Boundary, microbatch: Microbatch, backward: bool = False
+        self,
+        source: Boundary,
+        destination: Boundary,
+        microbatch: Microbatch,
+        backward: bool = False,
+        max_chunks: int = ...,
+        min_chunk_bytes: int = ...,
     ) -> None: ...
     def reversed(self) -> Plan: ...
     @property
@@ -133,6 +140,8 @@ class Communicator:
         group: ProcessGroup | None,
         group_ranks: Sequence[int],
         unpaired_backward: bool = ...,
+        max_chunks: int = ...,
+        min_chunk_bytes: int = ...,
     ) -> None: ...
     @property
     def is_source(self) -> bool: ...

@@ -70,6 +70,8 @@ class Bridge:
             first.
         group: a process group that holds all ranks of both sides, in place of the default group.
         max_in_flight: microbatches per direction that are sent but not yet received; a further send waits.
+        max_chunks, min_chunk_bytes: what a rank receives for its whole lane it forwards to the lane's other ranks in up
+            to so many chunks, none below so many bytes: one is forwarded while the next is on the wire.
         unpaired_backward: let gradients travel before the microbatch that they belong to, or without one: the n-th
             gradient is still that of the n-th microbatch, and its samples (2-D: rows) are split evenly. By default
             such a call is an error.
@@ -96,6 +98,8 @@ class Bridge:
         dst_stage: int = 0,
         group: dist.ProcessGroup | None = None,
         max_in_flight: int = 32,
+        max_chunks: int = 8,
+        min_chunk_bytes: int = 64 * 1024,
         unpaired_backward: bool = False,
         name: str | None = None,
     ) -> None:
@@ -129,10 +133,16 @@ class Bridge:
                     f"bridge '{self.name}', rank {self.rank}: expected ranks of the process group "
                     f"({len(members)} ranks), got {missing} in the layouts"
                 )
+            if max_chunks < 1 or min_chunk_bytes < 1:
+                raise ValueError(
+                    f"bridge '{self.name}': max_chunks and min_chunk_bytes must be positive, got {max_chunks} and "
+                    f"{min_chunk_bytes}"
+                )
+            self._chunking = max_chunks, min_chunk_bytes
             text = (
                 f"{self.name}: {self._source} | {self._destination}; ndim={ndim} batch_dim={self.batch_dim} "
                 f"seq_dim={self.seq_dim} dtype={dtype} shape={None if shape is None else tuple(shape)}"
-                f"{' unpaired_backward' if unpaired_backward else ''}"
+                f" chunks={max_chunks}x{min_chunk_bytes}{' unpaired_backward' if unpaired_backward else ''}"
             )
         except Exception as error:
             # The others wait for this rank's word: they get an error too, at once.
@@ -166,6 +176,8 @@ class Bridge:
             group=self._group if self.rank in ranks else None,
             group_ranks=ranks,
             unpaired_backward=unpaired_backward,
+            max_chunks=max_chunks,
+            min_chunk_bytes=min_chunk_bytes,
         )
         # Where close() was forgotten: what has been sent still arrives, and no thread outlives the interpreter.
         _finish_leftovers_at_exit()
@@ -226,7 +238,7 @@ class Bridge:
             rows_per_sample=parts,
             element_size=self.dtype.itemsize,
         )
-        return Plan(self._source, self._destination, microbatch)
+        return Plan(self._source, self._destination, microbatch, False, *self._chunking)
 
     @property
     def _open(self) -> _C.Communicator:

@@ -24,13 +24,11 @@ void check_signals() {
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-std::shared_ptr<Communicator> make_communicator(std::string name, const core::Boundary& source,
-                                                const core::Boundary& destination, int ndim, int batch_dim, int seq_dim,
-                                                const py::object& dtype, std::optional<core::Microbatch> fixed,
-                                                std::chrono::milliseconds timeout, int max_in_flight,
-                                                std::uint64_t hash, int rank,
-                                                c10::intrusive_ptr<c10d::ProcessGroup> group,
-                                                const std::vector<int>& group_ranks, bool unpaired_backward) {
+std::shared_ptr<Communicator> make_communicator(
+    std::string name, const core::Boundary& source, const core::Boundary& destination, int ndim, int batch_dim,
+    int seq_dim, const py::object& dtype, std::optional<core::Microbatch> fixed, std::chrono::milliseconds timeout,
+    int max_in_flight, std::uint64_t hash, int rank, c10::intrusive_ptr<c10d::ProcessGroup> group,
+    const std::vector<int>& group_ranks, bool unpaired_backward, int max_chunks, std::int64_t min_chunk_bytes) {
   if (!THPDtype_Check(dtype.ptr())) throw py::type_error("dtype: expected a torch.dtype");
   BridgeConfig config{std::move(name),
                       source,
@@ -42,6 +40,7 @@ std::shared_ptr<Communicator> make_communicator(std::string name, const core::Bo
                       std::move(fixed),
                       timeout,
                       max_in_flight,
+                      {max_chunks, min_chunk_bytes},
                       unpaired_backward,
                       hash};
   std::unique_ptr<comm::Transport> transport;
@@ -73,7 +72,8 @@ void register_comm(py::module_& m) {
       .def(py::init(&make_communicator), py::kw_only(), py::arg("name"), py::arg("source"), py::arg("destination"),
            py::arg("ndim"), py::arg("batch_dim"), py::arg("seq_dim"), py::arg("dtype"), py::arg("fixed"),
            py::arg("timeout"), py::arg("max_in_flight"), py::arg("hash"), py::arg("rank"), py::arg("group"),
-           py::arg("group_ranks"), py::arg("unpaired_backward") = false)
+           py::arg("group_ranks"), py::arg("unpaired_backward") = false,
+           py::arg("max_chunks") = core::Chunking{}.max_chunks, py::arg("min_chunk_bytes") = core::Chunking{}.min_bytes)
       .def_property_readonly("is_source", &Communicator::is_source)
       .def_property_readonly("is_destination", &Communicator::is_destination)
       .def_property_readonly("closed", &Communicator::closed)

@@ -39,6 +39,7 @@ py::list messages(const Plan& plan, const std::vector<Message>& list, bool lane_
     message["sender_lane"] = m.sender_lane;
     message["receiver_lane"] = m.receiver_lane;
     message["contribution"] = m.contribution;
+    message["chunk"] = m.chunk;
     message["send_box"] = box_tuple(m.send_box, ndim);
     message["recv_box"] = box_tuple(m.recv_box, ndim);
     message["lane_copy"] = lane_copy;
@@ -89,11 +90,13 @@ void register_plan(py::module_& m) {
 
   py::class_<Plan>(m, "Plan",
                    "Who sends which box of the boundary tensor to whom, for one microbatch in one direction.")
-      .def(py::init(
-               [](const Boundary& source, const Boundary& destination, const Microbatch& microbatch, bool backward) {
-                 return Plan(source, destination, microbatch, backward ? Direction::kBackward : Direction::kForward);
-               }),
-           py::arg("source"), py::arg("destination"), py::arg("microbatch"), py::arg("backward") = false)
+      .def(py::init([](const Boundary& source, const Boundary& destination, const Microbatch& microbatch, bool backward,
+                       int max_chunks, std::int64_t min_chunk_bytes) {
+             return Plan(source, destination, microbatch, backward ? Direction::kBackward : Direction::kForward,
+                         {max_chunks, min_chunk_bytes});
+           }),
+           py::arg("source"), py::arg("destination"), py::arg("microbatch"), py::arg("backward") = false,
+           py::arg("max_chunks") = core::Chunking{}.max_chunks, py::arg("min_chunk_bytes") = core::Chunking{}.min_bytes)
       .def("reversed", &Plan::reversed, "The same microbatch in the other direction. An involution.")
       .def_property_readonly("source", &Plan::source)
       .def_property_readonly("destination", &Plan::destination)
@@ -102,7 +105,8 @@ void register_plan(py::module_& m) {
       .def("for_rank", &rank_plan, py::arg("rank"), py::arg("as_sender") = true, py::arg("as_receiver") = true,
            "Messages of one rank: dict of lists 'sends', 'receives', 'lane_sends', 'lane_receives'. A message is a "
            "dict with "
-           "sender, receiver (global ranks), sender_lane, receiver_lane, contribution (0 writes, more adds), send_box "
+           "sender, receiver (global ranks), sender_lane, receiver_lane, contribution (0 writes, more adds), chunk, "
+           "send_box "
            "and recv_box "
            "(((start, size), ...) per axis, in the tensor that the rank holds) and lane_copy.")
       .def(

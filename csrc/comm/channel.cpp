@@ -129,7 +129,7 @@ std::shared_ptr<const Channel::CachedPlan> Channel::plan_for(const core::Microba
     const std::lock_guard lock(plan_mutex_);
     if (last && last->plan.microbatch() == microbatch) return last;
   }
-  core::Plan plan(config_.source, config_.destination, microbatch, direction_);
+  core::Plan plan = config_.plan(microbatch, direction_);
   core::RankPlan mine = plan.for_rank(transport_.rank(), role == Role::kSend, role == Role::kReceive);
   auto cached = std::make_shared<const CachedPlan>(CachedPlan{std::move(plan), std::move(mine)});
   const std::lock_guard lock(plan_mutex_);

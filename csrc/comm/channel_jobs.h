@@ -45,9 +45,10 @@ struct Channel::HeaderSlot {
 
 struct Channel::Incoming {
   at::Tensor result;
-  std::map<int, std::vector<Slot>> receives;  ///< by sender lane, each in the plan's order
+  using Stage = std::pair<int, int>;            ///< chunk, sender lane: what is forwarded together
+  std::map<Stage, std::vector<Slot>> receives;  ///< each in the plan's order
   std::vector<Slot> lane_receives;
-  std::map<int, std::vector<core::Message>> lane_sends;  ///< by sender lane
+  std::map<Stage, std::vector<core::Message>> lane_sends;
 };
 
 struct Channel::ReceiveJob {

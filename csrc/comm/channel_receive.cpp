@@ -106,7 +106,7 @@ std::unique_ptr<Channel::Incoming> Channel::post_payload(std::int64_t sequence, 
     } else {
       slot.request = post(false, slot.buffer, message.sender, kPayloadTag, recv_name(), sequence);
     }
-    incoming->receives[message.sender_lane].push_back(std::move(slot));
+    incoming->receives[{message.chunk, message.sender_lane}].push_back(std::move(slot));
   }
   for (const core::Message& message : plan->mine.lane_receives) {
     if (skipped(message)) continue;
@@ -115,7 +115,7 @@ std::unique_ptr<Channel::Incoming> Channel::post_payload(std::int64_t sequence, 
     incoming->lane_receives.push_back(std::move(slot));
   }
   for (const core::Message& message : plan->mine.lane_sends) {
-    if (!skipped(message)) incoming->lane_sends[message.sender_lane].push_back(message);
+    if (!skipped(message)) incoming->lane_sends[{message.chunk, message.sender_lane}].push_back(message);
   }
   return incoming;
 }
@@ -184,8 +184,8 @@ void Channel::receive(ReceiveJob& job) {
   if (!job.incoming) job.incoming = post_payload(job.sequence, microbatch, without_gradient, std::move(local.boxes));
   Incoming& incoming = *job.incoming;
 
-  // Lane by lane: what has arrived is forwarded to the replicas while the next lane's parts are still on the wire.
-  for (auto& [lane, slots] : incoming.receives) {
+  // What has arrived is forwarded to the replicas while the next lane's chunk, or the next chunk, is still on the wire.
+  for (auto& [stage, slots] : incoming.receives) {
     for (Slot& slot : slots) {
       if (slot.request) {
         wait_for(receive_waiter_, *slot.request, "payload from", slot.message.sender, recv_name(), job.sequence);
@@ -195,7 +195,7 @@ void Channel::receive(ReceiveJob& job) {
     std::stable_sort(slots.begin(), slots.end(),
                      [](const Slot& a, const Slot& b) { return a.message.contribution < b.message.contribution; });
     for (Slot& slot : slots) finish_slot(slot, incoming);
-    for (const core::Message& copy : incoming.lane_sends[lane]) {
+    for (const core::Message& copy : incoming.lane_sends[stage]) {
       const at::Tensor part = part_of(incoming.result, copy.send_box);
       job.forwarded.push_back({post(true, part, copy.receiver, kLaneTag, recv_name(), job.sequence), copy.receiver});
     }

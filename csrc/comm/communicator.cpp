@@ -104,7 +104,7 @@ std::shared_ptr<Delivery> Communicator::send_forward(const at::Tensor& x,
   try {
     if (config_.fixed) {
       microbatch = *config_.fixed;
-      const core::Plan plan(config_.source, config_.destination, microbatch, core::Direction::kForward);
+      const core::Plan plan = config_.plan(microbatch, core::Direction::kForward);
       const auto expected = plan.sender_shape(lane, member);
       const at::IntArrayRef shape(expected.data(), static_cast<std::size_t>(config_.ndim));
       if (x.sizes() != shape) {
@@ -180,7 +180,7 @@ std::shared_ptr<Delivery> Communicator::send_backward(const at::Tensor& gradient
   if (gradient.defined()) check_tensor(config_, gradient, config_.destination.module, rank_, kOperation);
   const core::Microbatch microbatch = microbatch_of_gradient(gradient);
   const auto [lane, member] = config_.destination.find(rank_);
-  const core::Plan plan(config_.source, config_.destination, microbatch, core::Direction::kForward);
+  const core::Plan plan = config_.plan(microbatch, core::Direction::kForward);
   const auto expected = plan.receiver_shape(lane, member);
   const at::IntArrayRef shape(expected.data(), static_cast<std::size_t>(config_.ndim));
   at::Tensor payload = gradient;
@@ -229,9 +229,9 @@ at::Tensor Communicator::wait(const Delivery& delivery) const {
 }
 
 std::optional<core::Plan> Communicator::last_plan() const {
-  if (config_.fixed) return core::Plan(config_.source, config_.destination, *config_.fixed, core::Direction::kForward);
+  if (config_.fixed) return config_.plan(*config_.fixed, core::Direction::kForward);
   if (!last_) return std::nullopt;
-  return core::Plan(config_.source, config_.destination, *last_, core::Direction::kForward);
+  return config_.plan(*last_, core::Direction::kForward);
 }
 
 }  // namespace mimo_ext::comm

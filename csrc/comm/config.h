@@ -23,9 +23,14 @@ struct BridgeConfig {
   at::ScalarType dtype = at::kFloat;
   std::optional<core::Microbatch> fixed;  ///< static shapes: every microbatch is this one, and no headers are sent
   std::chrono::milliseconds timeout{600000};
-  int max_in_flight = 32;          ///< microbatches sent and not yet received, per direction; a further send waits
+  int max_in_flight = 32;  ///< microbatches sent and not yet received, per direction; a further send waits
+  core::Chunking chunking;
   bool unpaired_backward = false;  ///< gradients may travel before (or without) the forward microbatch they belong to
   std::uint64_t hash = 0;          ///< of all of the above that must be equal on every rank
+
+  core::Plan plan(const core::Microbatch& microbatch, core::Direction direction) const {
+    return core::Plan(source, destination, microbatch, direction, chunking);
+  }
 };
 
 /// The global microbatch as far as the rank that sends `x` knows it. `x` is the tensor of lane `lane`, member `member`

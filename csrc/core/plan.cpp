@@ -13,6 +13,7 @@ namespace {
 struct Piece {
   int member = 0;
   int contribution = 0;
+  int chunk = 0;
   std::int64_t shift = 0;  ///< added to a lane coordinate of the sequence axis to get the member's own
   Box box;                 ///< relative to the overlap on the batch axis
 };
@@ -104,7 +105,7 @@ std::vector<Piece> pieces_of(const Boundary& boundary, int lane, const Overlap& 
         const auto boxes = cut(box, static_cast<int>(end - begin));
         for (std::size_t index = begin; index < end; ++index) {
           if (boxes[index - begin].volume() > 0) {
-            pieces.push_back({members[index], contribution, shift, boxes[index - begin]});
+            pieces.push_back({members[index], contribution, 0, shift, boxes[index - begin]});
           }
         }
         begin = end;
@@ -112,6 +113,27 @@ std::vector<Piece> pieces_of(const Boundary& boundary, int lane, const Overlap& 
     }
   }
   return pieces;
+}
+
+/// Cuts what replicas forward to one another into chunks; in ascending order of chunks.
+std::vector<Piece> chunks_of(std::vector<Piece> pieces, const Boundary& boundary, const Microbatch& microbatch,
+                             const Chunking& chunking) {
+  const auto replicas = static_cast<std::size_t>(boundary.lane_size() / boundary.num_shards());
+  if (replicas < 2 || chunking.max_chunks < 2) return pieces;
+  std::vector<Piece> cut_up;
+  for (const Piece& piece : pieces) {
+    const std::int64_t fitting = piece.box.volume() * microbatch.element_size / chunking.min_bytes;
+    const int chunks = static_cast<int>(std::clamp<std::int64_t>(fitting, 1, chunking.max_chunks));
+    const std::vector<Box> boxes = cut(piece.box, chunks);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      if (boxes[static_cast<std::size_t>(chunk)].volume() == 0) continue;
+      Piece& part = cut_up.emplace_back(piece);
+      part.chunk = chunk;
+      part.box = boxes[static_cast<std::size_t>(chunk)];
+    }
+  }
+  std::stable_sort(cut_up.begin(), cut_up.end(), [](const Piece& a, const Piece& b) { return a.chunk < b.chunk; });
+  return cut_up;
 }
 
 /// Moves a box from overlap coordinates to those of the tensor that the member holds.
@@ -229,11 +251,12 @@ std::int64_t Microbatch::extent(std::int64_t first, std::int64_t last) const {
   return total;
 }
 
-Plan::Plan(Boundary source, Boundary destination, Microbatch microbatch, Direction direction)
+Plan::Plan(Boundary source, Boundary destination, Microbatch microbatch, Direction direction, Chunking chunking)
     : source_(std::move(source)),
       destination_(std::move(destination)),
       microbatch_(std::move(microbatch)),
-      direction_(direction) {
+      direction_(direction),
+      chunking_(chunking) {
   // What does not count has one value: plans of the same messages are equal.
   if (microbatch_.batch_dim >= 0 && microbatch_.batch_dim < kMaxDims) {
     microbatch_.shape[static_cast<std::size_t>(microbatch_.batch_dim)] = 1;
@@ -241,6 +264,11 @@ Plan::Plan(Boundary source, Boundary destination, Microbatch microbatch, Directi
   if (microbatch_.ragged() || microbatch_.ndim == 3) microbatch_.rows_per_sample = 1;
   check_boundary(source_, "source");
   check_boundary(destination_, "destination");
+  if (chunking_.max_chunks < 1 || chunking_.min_bytes < 1) {
+    throw std::invalid_argument("chunks: expected a positive number of positive size, got " +
+                                std::to_string(chunking_.max_chunks) + " of " + std::to_string(chunking_.min_bytes) +
+                                " bytes");
+  }
   const Microbatch& m = microbatch_;
   const auto bad = [](const std::string& what) { throw std::invalid_argument("microbatch: " + what); };
   if (m.ndim != 2 && m.ndim != 3) bad("expected 2 or 3 axes, got " + std::to_string(m.ndim));
@@ -272,7 +300,7 @@ Plan::Plan(Boundary source, Boundary destination, Microbatch microbatch, Directi
 
 Plan Plan::reversed() const {
   return Plan(source_, destination_, microbatch_,
-              direction_ == Direction::kForward ? Direction::kBackward : Direction::kForward);
+              direction_ == Direction::kForward ? Direction::kBackward : Direction::kForward, chunking_);
 }
 
 std::pair<int, int> Plan::lanes_met(int lane, int lanes, int other_lanes) {
@@ -301,7 +329,8 @@ RankPlan Plan::for_places(std::pair<int, int> as_sender, std::pair<int, int> as_
           overlap_of(microbatch_, sending ? lane : other, from.num_lanes(), sending ? other : lane, to.num_lanes());
       if (overlap.empty()) continue;
       const auto sent = pieces_of(from, overlap.sender_lane, overlap, microbatch_, partial);
-      const auto received = pieces_of(to, overlap.receiver_lane, overlap, microbatch_, false);
+      const auto received =
+          chunks_of(pieces_of(to, overlap.receiver_lane, overlap, microbatch_, false), to, microbatch_, chunking_);
       visit(overlap, sent, received);
     }
   };
@@ -318,7 +347,7 @@ RankPlan Plan::for_places(std::pair<int, int> as_sender, std::pair<int, int> as_
         const Box box = intersect(s.box, r.box);
         if (box.volume() == 0) continue;
         out.push_back({senders[static_cast<std::size_t>(s.member)], receivers[static_cast<std::size_t>(r.member)],
-                       overlap.sender_lane, overlap.receiver_lane, s.contribution, send_box(box, s.shift),
+                       overlap.sender_lane, overlap.receiver_lane, s.contribution, r.chunk, send_box(box, s.shift),
                        recv_box(box, r.shift)});
       }
     }
@@ -344,6 +373,7 @@ RankPlan Plan::for_places(std::pair<int, int> as_sender, std::pair<int, int> as_
                              overlap.sender_lane,
                              overlap.receiver_lane,
                              0,
+                             piece.chunk,
                              box,
                              box};
           if (piece.member == me) plan.lane_sends.push_back(copy);
@@ -352,6 +382,10 @@ RankPlan Plan::for_places(std::pair<int, int> as_sender, std::pair<int, int> as_
         }
       }
     });
+  }
+  // The first chunks of all lanes go first. Two ranks meet in one overlap only, so the order between them stays.
+  for (std::vector<Message>* list : {&plan.sends, &plan.receives, &plan.lane_sends, &plan.lane_receives}) {
+    std::stable_sort(list->begin(), list->end(), [](const Message& a, const Message& b) { return a.chunk < b.chunk; });
   }
   return plan;
 }
@@ -396,6 +430,8 @@ std::uint64_t Plan::hash() const {
   fnv.add(static_cast<std::int64_t>(m.rows.size()));
   for (std::int64_t rows : m.rows) fnv.add(rows);
   fnv.add(m.element_size);
+  fnv.add(chunking_.max_chunks);
+  fnv.add(chunking_.min_bytes);
   return fnv.value();
 }
 

@@ -3,8 +3,8 @@
 // A plan is the intersection of two partitions of the same line of samples. Each overlap of a sender lane with a
 // receiver lane is cut separately, once over the sender's ranks and once over the receiver's; every non-empty
 // intersection of two such parts is one message. Receivers that are replicas of one another then complete each other
-// with lane copies: each rank forwards the part that it received. Fan-in, fan-out, unequal TP, ragged rows and hops
-// between equal ranks need no cases of their own.
+// with lane copies: each rank forwards the part that it received, chunk by chunk. Fan-in, fan-out, unequal TP, ragged
+// rows and hops between equal ranks need no cases of their own.
 //
 // Values only: a Plan is immutable, owns its memory and may be shared between threads. It needs no process group: the
 // plan of any rank of any cluster can be computed anywhere.
@@ -53,7 +53,7 @@ struct Microbatch {
   std::array<std::int64_t, kMaxDims> shape{1, 1, 1};
   std::int64_t rows_per_sample = 1;
   std::vector<std::int64_t> rows;
-  int element_size = 1;  ///< bytes, for the plan's text only
+  int element_size = 1;  ///< bytes
 
   bool ragged() const { return !rows.empty(); }
   /// First sample of lane `lane` of `lanes`: floor(lane * samples / lanes).
@@ -63,6 +63,14 @@ struct Microbatch {
   std::int64_t extent(std::int64_t first, std::int64_t last) const;
 
   bool operator==(const Microbatch&) const = default;
+};
+
+/// Into how many chunks the part of a receiver is cut that it forwards to its replicas. Must be equal on all ranks.
+struct Chunking {
+  int max_chunks = 8;                               ///< more did not help in measurements; 1: no chunks
+  std::int64_t min_bytes = std::int64_t{64} << 10;  ///< of a chunk: below, the number of messages decides
+
+  bool operator==(const Chunking&) const = default;
 };
 
 enum class Direction : std::uint8_t { kForward, kBackward };
@@ -75,6 +83,8 @@ struct Message {
   int receiver_lane = 0;
   /// 0 writes the box. Higher values add to it, in ascending order: gradients of CP copies are partial and are summed.
   int contribution = 0;
+  /// Chunks of one part are forwarded one after the other. Every list of a RankPlan is in ascending order of chunks.
+  int chunk = 0;
   Box send_box;  ///< valid where the plan was asked for the sender, or all row counts are known
   Box recv_box;  ///< valid where the plan was asked for the receiver, or all row counts are known
 
@@ -94,8 +104,8 @@ struct RankPlan {
 class Plan {
  public:
   /// `source` and `destination` are the two sides of the bridge, whatever the direction.
-  /// Throws std::invalid_argument for a microbatch that does not fit (see check()).
-  Plan(Boundary source, Boundary destination, Microbatch microbatch, Direction direction);
+  /// Throws std::invalid_argument for a microbatch that does not fit, or chunks of no size.
+  Plan(Boundary source, Boundary destination, Microbatch microbatch, Direction direction, Chunking chunking = {});
 
   /// The same microbatch in the other direction. An involution.
   Plan reversed() const;
@@ -106,6 +116,7 @@ class Plan {
   const Boundary& receiver() const { return direction_ == Direction::kForward ? destination_ : source_; }
   const Microbatch& microbatch() const { return microbatch_; }
   Direction direction() const { return direction_; }
+  const Chunking& chunking() const { return chunking_; }
 
   /// All messages in which `rank` takes part. The cost grows with their number (and the size of the lanes met), not
   /// with the world.
@@ -134,6 +145,7 @@ class Plan {
   Boundary destination_;
   Microbatch microbatch_;
   Direction direction_;
+  Chunking chunking_;
 };
 
 /// FNV-1a of two boundaries and the tensor form: what two processes must agree on before the first microbatch.

@@ -106,6 +106,58 @@ TEST(Plan, UnequalTpMeetsInFewContiguousMessages) {
   }
 }
 
+TEST(Plan, PartsThatAreForwardedAreCutIntoChunksOfEnoughBytes) {
+  Microbatch microbatch = flat(1, 1024, 256);
+  microbatch.element_size = 2;  // 512 KiB in all, 256 KiB for each receiver
+  const auto chunks = [&](const Boundary& receiver, Chunking chunking) {
+    const Plan plan(side("images", {{0, 1}}, 2), receiver, microbatch, Direction::kForward, chunking);
+    const RankPlan sender = plan.for_rank(0);
+    const RankPlan there = plan.for_rank(2);
+    EXPECT_EQ(sender.sends.size(), there.receives.size());
+    EXPECT_EQ(there.lane_sends.size(), there.lane_receives.size());
+    for (std::size_t index = 0; index < sender.sends.size(); ++index) {
+      EXPECT_EQ(sender.sends[index].chunk, static_cast<int>(index));
+      EXPECT_EQ(there.receives[index], sender.sends[index]);
+    }
+    std::int64_t bytes = 0;
+    for (const Message& message : there.receives) bytes += message.recv_box.volume() * microbatch.element_size;
+    EXPECT_EQ(bytes, (512 << 10) / receiver.lane_size());
+    return sender.sends.size();
+  };
+  const Boundary pair = side("language", {{2, 3}}, 2);
+  EXPECT_EQ(chunks(pair, {}), 4U);
+  EXPECT_EQ(chunks(pair, {3, 1}), 3U);
+  EXPECT_EQ(chunks(pair, {1, 1}), 1U);
+  EXPECT_EQ(chunks(pair, {8, 100 << 10}), 2U);
+  EXPECT_EQ(chunks(pair, {8, 1 << 20}), 1U);
+  // Nobody to forward to. (Both senders send: one message each.)
+  const Plan alone(side("images", {{0, 1}}, 2), side("language", {{2}}, 1), microbatch, Direction::kForward);
+  EXPECT_EQ(alone.for_rank(2).receives.size(), 2U);
+  EXPECT_TRUE(alone.for_rank(2).lane_sends.empty());
+}
+
+TEST(Plan, FirstChunksOfAllLanesGoFirst) {
+  const Chunking chunking{4, 1};
+  const Plan plan(side("images", {{0, 1}}, 2), side("language", {{2, 3}, {4, 5}}, 2), flat(4, 8, 16),
+                  Direction::kForward, chunking);
+  int last = 0;
+  std::set<int> lanes_of_first;
+  for (const Message& message : plan.for_rank(0).sends) {
+    EXPECT_GE(message.chunk, last);
+    last = message.chunk;
+    if (message.chunk == 0) lanes_of_first.insert(message.receiver_lane);
+  }
+  EXPECT_EQ(last, 3);
+  EXPECT_EQ(lanes_of_first, (std::set<int>{0, 1}));
+  EXPECT_NE(plan, Plan(plan.source(), plan.destination(), plan.microbatch(), Direction::kForward));
+  EXPECT_EQ(plan.reversed().chunking(), chunking);
+  EXPECT_NE(plan.hash(), Plan(plan.source(), plan.destination(), plan.microbatch(), Direction::kForward).hash());
+  for (const Chunking& wrong : {Chunking{0, 1}, Chunking{1, 0}}) {
+    EXPECT_THROW(Plan(plan.source(), plan.destination(), plan.microbatch(), Direction::kForward, wrong),
+                 std::invalid_argument);
+  }
+}
+
 TEST(Plan, FanIn) {
   const Plan plan(kTwoLanes, kOneLane, flat(4, 2, 8), Direction::kForward);
   EXPECT_EQ(plan.receiver_shape(0, 0), (std::array<std::int64_t, 3>{8, 8, 1}));

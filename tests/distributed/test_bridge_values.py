@@ -8,6 +8,7 @@ from launch import launch
 import mimo_ext
 
 RAGGED = (3, 0, 7, 1, 4, 2)
+CHUNKS = {"max_chunks": 3, "min_chunk_bytes": 8}
 CASES = [
     Case({"ranks": range(2), "dp": 2}, {"ranks": range(2, 4), "tp": 2}, name="fan-in"),
     Case({"ranks": range(2), "tp": 2}, {"ranks": range(2, 4), "dp": 2}, name="fan-out"),
@@ -66,6 +67,33 @@ CASES = [
     Case({"ranks": range(3, 1, -1), "dp": 2}, {"ranks": (6, 1, 4), "tp": 3}, rows=RAGGED, name="ranks in any order"),
     Case({"ranks": range(2), "dp": 2}, {"ranks": range(2, 4), "tp": 2}, dtype=torch.bfloat16, name="bf16"),
     Case(
+        {"ranks": range(4), "tp": 4}, {"ranks": range(4, 8), "tp": 4}, ndim=3, batch_dim=1, extra=CHUNKS, name="chunks"
+    ),
+    Case(
+        {"ranks": range(3), "dp": 3},
+        {"ranks": range(3, 7), "tp": 2, "dp": 2},
+        rows=RAGGED,
+        extra=CHUNKS,
+        name="chunks 3-2",
+    ),
+    Case(
+        {"ranks": range(2), "tp": 2},
+        {"ranks": range(2, 8), "tp": 3, "cp": 2},
+        rows=RAGGED,
+        extra=CHUNKS,
+        name="chunks cp",
+    ),
+    Case(
+        {"ranks": range(4), "dp": 2, "tp": 2},
+        {"ranks": range(2, 6), "tp": 4},
+        rows=RAGGED,
+        extra=CHUNKS,
+        name="chunks, overlapping ranks",
+    ),
+    Case(
+        {"ranks": range(2), "dp": 2}, {"ranks": range(2, 4), "tp": 2}, static=True, extra=CHUNKS, name="chunks, static"
+    ),
+    Case(
         {"ranks": range(2), "dp": 2},
         {"ranks": range(2, 4), "tp": 2},
         samples=130,
@@ -86,6 +114,7 @@ def run_case(rank: int, case: Case) -> None:
         batch_dim=case.batch_dim,
         dtype=case.dtype,
         shape=case.global_shape() if case.static else None,
+        **case.extra,
     )
     here_src, here_dst = find(src, rank, -1), find(dst, rank, 0)
     assert bridge.is_source == (here_src is not None)

@@ -23,6 +23,7 @@ class Setting:
     ragged: bool
     seq: int
     hidden: int
+    max_chunks: int = 1
 
     @property
     def seq_dim(self) -> int:
@@ -50,7 +51,11 @@ class Setting:
         )
 
     def plan(self, backward: bool = False) -> Plan:
-        return Plan(self.src.boundary(-1), self.dst.boundary(0), self.microbatch(), backward)
+        return self.plan_of(self.microbatch(), backward)
+
+    def plan_of(self, microbatch: _C.Microbatch, backward: bool = False) -> Plan:
+        # Elements of one byte, chunks of two bytes at least.
+        return Plan(self.src.boundary(-1), self.dst.boundary(0), microbatch, backward, self.max_chunks, 2)
 
 
 def lane_range(samples: int, lane: int, lanes: int) -> tuple[int, int]:

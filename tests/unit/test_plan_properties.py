@@ -60,6 +60,7 @@ def microbatches(draw, sharded: bool = True):
         ragged=ragged and samples > 0,
         seq=draw(st.integers(0, 11)),
         hidden=draw(st.integers(1, 5)),
+        max_chunks=draw(st.sampled_from([1, 2, 3, 8])),
     )
 
 
@@ -215,7 +216,7 @@ def test_a_source_needs_only_its_own_row_counts(setting, other):
         first, last = lane_range(setting.samples, lane, len(full.source.lanes))
         for elsewhere in (other, -1):  # other numbers, and unknown
             rows = [count if first <= i < last else elsewhere for i, count in enumerate(setting.rows)]
-            own = Plan(full.source, full.destination, setting.microbatch(rows))
+            own = setting.plan_of(setting.microbatch(rows))
             got, expected = own.for_rank(rank, True, False)["sends"], full.for_rank(rank, True, False)["sends"]
             assert [(m["receiver"], m["send_box"]) for m in got] == [(m["receiver"], m["send_box"]) for m in expected]
 
