@@ -162,6 +162,8 @@ def _rank_main(
                 world_size=world_size,
                 timeout=timedelta(seconds=timeout),
             )
+            # A rank that is done at once must not hang up while a slow one is still connecting.
+            dist.barrier()
             result = (True, fn(rank, world_size, *args))
         except BaseException:
             result = (False, traceback.format_exc())
@@ -192,6 +194,7 @@ def _run_under_torchrun(fn: Callable[..., Any], world_size: int, args: tuple[Any
         os.environ["WORLD_SIZE"] = str(world_size)
         try:
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=wait)
+            dist.barrier()
             result = (True, fn(rank, world_size, *args))
         except BaseException:
             result = (False, traceback.format_exc())
