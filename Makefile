@@ -13,6 +13,7 @@ MAX_JOBS ?= 2
 CXX ?= g++
 DEMO_ARGS ?=
 CHECK_ARGS ?=
+BENCH_ARGS ?= --quick
 CASES ?=
 PYTEST_ARGS ?=
 
@@ -35,6 +36,7 @@ help:
 	@echo "make check-colocated    the same for layouts whose modules share their ranks"
 	@echo "make check-install       a Megatron script that knows nothing of us, on Megatron's classes and on ours"
 	@echo "make test      all tests: lint, C++, Python, distributed, Megatron"
+	@echo "make bench     the bridge against Megatron's own, on an emulated cluster (needs root): benchmarks/README.md"
 	@echo "make build     set up and install the extension into $(VENV)"
 	@echo "make lint      formatting, lint and types; make format mends the formatting"
 	@echo "make clean     removes $(VENV) and build/"
@@ -104,6 +106,13 @@ check-grad: $(VENV)/.test $(VENV)/.built
 .PHONY: check-install
 check-install: $(VENV)/.test $(VENV)/.built
 	$(PY) -P tests/megatron/install_program_ranks.py
+
+# --- Benchmarks, in under five minutes. Status 77: this machine cannot emulate a cluster, and has said why.
+
+.PHONY: bench
+bench: $(VENV)/.example $(VENV)/.built
+	$(PY) -P -W ignore benchmarks/bench_bridge.py --json out/bench/bridge.json --png out/bench/bridge.png $(BENCH_ARGS) \
+		|| test $$? -eq 77
 
 # --- Tests. -P keeps the source folder off the path: what is tested is the installed package.
 

@@ -1,0 +1,196 @@
+#!/usr/bin/env python3
+"""Our bridge and Megatron-Core's released one, side by side on an emulated cluster.
+
+    sudo python benchmarks/bench_bridge.py --quick
+    sudo python benchmarks/bench_bridge.py --layouts tp4-tp4,dp4-tp4 --sizes 4,16 --json out/bridge.json
+
+Every rank has a network card of its own (network namespaces and token buckets, see emulation.py). Both communicators
+work on the same ranks in turns; a ratio is the quotient of two neighbouring times. See benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P
+
+from busy import BUSY_LIMIT, MachineBusy, Usage, machine_usage, other_share, process_usage
+from cases import FAMILIES, KIB, LAYOUTS, METHODS, Case, select
+from emulation import EmulatedCluster, EmulationUnavailable
+from ranks import RankFailed, RankPool, rank_pool
+from records import Measurement, measurement, table, write_json
+from released import ReleasedUnavailable, require_released
+
+SKIPPED = 77  # the exit status of a test that could not be run
+BUSY = 75  # try again later
+ATTEMPTS = 3  # per case, while other work is busy
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats: under five minutes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw them to FILE")
+    parser.add_argument(
+        "--layouts",
+        type=_list_of(str),
+        default=[],
+        help=f"source-destination, by commas (default: {','.join(LAYOUTS)})",
+    )
+    parser.add_argument("--sizes", type=_list_of(_bytes), default=[], help="payloads in MiB, or as 16k, by commas")
+    parser.add_argument("--families", type=_list_of(str), default=list(FAMILIES), help="default: " + ",".join(FAMILIES))
+    parser.add_argument(
+        "--methods", type=_list_of(str), default=[], help=f"of ours: {','.join(METHODS)} (default: the first two)"
+    )
+    parser.add_argument("--repeats", type=int, help="pairs of each measurement (default: 9, quick: 5)")
+    parser.add_argument(
+        "--ignore-busy",
+        action="store_true",
+        help=f"report although other work uses more than {BUSY_LIMIT * 100:.0f} %% of the machine; `busy` tells",
+    )
+    options = parser.parse_args(arguments)
+    options.repeats = options.repeats or (5 if options.quick else 9)
+    if options.repeats < 1:
+        parser.error(f"--repeats: expected a positive number, got {options.repeats}")
+    try:
+        options.cases = select(
+            quick=options.quick,
+            layouts=options.layouts,
+            sizes=options.sizes,
+            families=options.families,
+            methods=options.methods,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def parse(text: str) -> list[Any]:
+        return [kind(item) for item in text.split(",") if item]
+
+    parse.__name__ = "list"  # for argparse's message
+    return parse
+
+
+def _bytes(text: str) -> int:
+    """ "4" -> 4 MiB, "16k" -> 16 KiB."""
+    return int(text[:-1]) * KIB if text.endswith("k") else int(float(text) * KIB * KIB)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    # As Ctrl-C: the namespaces are removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    started = time.monotonic()
+    try:
+        require_released()
+        measurements = run(options.cases, options.repeats, options.ignore_busy)
+    except (EmulationUnavailable, ReleasedUnavailable) as reason:
+        print(f"skipped: {reason}", file=sys.stderr)
+        return SKIPPED
+    except MachineBusy as reason:
+        print(f"not reported: {reason}", file=sys.stderr)
+        return BUSY
+    except RankFailed as failure:
+        print(failure, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    print(table(measurements))
+    print(
+        f"\n{options.repeats} pairs each, {time.monotonic() - started:.0f} s in all. Not GPU or NCCL figures: gloo on "
+        f"{os.cpu_count()} cores, where a broadcast is a binomial tree (NCCL's is a ring).\n"
+        "Efficiency = what the links need at least / the time taken; it depends on no other program."
+    )
+    records = [item.record for item in measurements]
+    if options.json:
+        write_json(records, options.json)
+    if options.png:
+        from picture import draw
+
+        draw(records, options.png)
+    return 0
+
+
+def run(cases: Sequence[Case], repeats: int, ignore_busy: bool) -> list[Measurement]:
+    """All cases, one cluster after the other.
+
+    Raises:
+        EmulationUnavailable, RankFailed: see there.
+        MachineBusy: other work disturbed a case `ATTEMPTS` times.
+    """
+    measurements: list[Measurement] = []
+    remaining = list(cases)
+    while remaining:
+        first = remaining[0]
+        same = [case for case in remaining if case.hosts == first.hosts]
+        remaining = remaining[len(same) :]
+        with EmulatedCluster(first.hosts, first.rates) as cluster, rank_pool(cluster) as pool:
+            for case in same:
+                measurements += measure(pool, case, repeats, ignore_busy)
+    return measurements
+
+
+def measure(pool: RankPool, case: Case, repeats: int, ignore_busy: bool) -> list[Measurement]:
+    """One case; again, where other work was busy."""
+    import transfers
+
+    for _ in range(ATTEMPTS):
+        machine, mine = machine_usage(), process_usage()
+        times = pool.call(transfers.run_case, case, repeats, timeout=_patience_s(case, repeats))
+        ours: list[Usage] = [process_usage() - mine, *(rank.usage for rank in times)]
+        busy = other_share(machine_usage() - machine, ours)
+        if ignore_busy or busy <= BUSY_LIMIT:
+            break
+    else:
+        raise MachineBusy(
+            f"{case.family} {case.layout}: other work used {busy:.0%} of the machine, "
+            f"expected at most {BUSY_LIMIT:.0%} ({ATTEMPTS} attempts)"
+        )
+    # From the first rank that begins to the last that ends; of one microbatch.
+    seconds = {
+        method: [
+            (max(rank.runs[method][repeat][1] for rank in times) - min(rank.runs[method][repeat][0] for rank in times))
+            / case.microbatches
+            for repeat in range(repeats)
+        ]
+        for method in (transfers.RELEASED, *case.methods)
+    }
+    found = [
+        measurement(
+            case.family,
+            case.layout,
+            case.num_bytes,
+            method,
+            released_s=seconds[transfers.RELEASED],
+            method_s=seconds[method],
+            bound_s=None if case.family == "small" else case.bound_s(method) / case.microbatches,
+            busy=busy,
+        )
+        for method in case.methods
+    ]
+    for item in found:
+        record = item.record
+        print(
+            f"{record.name} {record.layout} {record.bytes} bytes, {record.method}: {record.ratio_median:.2f}x",
+            file=sys.stderr,
+        )
+    return found
+
+
+def _patience_s(case: Case, repeats: int) -> float:
+    """Far more than any method should take, and far less than for ever."""
+    return 60 + 40 * (repeats + 2) * (len(case.methods) + 1) * max(0.2, case.bound_s(case.methods[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
