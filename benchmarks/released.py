@@ -24,7 +24,7 @@ def require_released() -> None:
         raise ReleasedUnavailable("megatron-core is not installed: see README, 'Install'")
 
 
-def _copy(module: types.ModuleType, **replaced: Any) -> types.ModuleType:
+def copy_of(module: types.ModuleType, **replaced: Any) -> types.ModuleType:
     """A module object with the same names: looking one up costs what it costs in the original."""
     copy = types.ModuleType(module.__name__)
     vars(copy).update(vars(module))
@@ -53,8 +53,8 @@ def on_gloo(timeout: timedelta, backend: str = "gloo", **torch_names: Any) -> It
 
     cpu = torch.device("cpu")
     names = {
-        "torch": _copy(torch, cuda=types.SimpleNamespace(current_device=lambda: cpu), **torch_names),
-        "dist": _copy(dist, new_group=new_group, new_subgroups_by_enumeration=new_subgroups),
+        "torch": copy_of(torch, cuda=types.SimpleNamespace(current_device=lambda: cpu), **torch_names),
+        "dist": copy_of(dist, new_group=new_group, new_subgroups_by_enumeration=new_subgroups),
     }
     before = {name: vars(module)[name] for name in names}
     vars(module).update(names)

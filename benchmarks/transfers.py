@@ -125,9 +125,9 @@ def ours(case: Case, method: str) -> Iterator[Operations]:
 
 
 @contextlib.contextmanager
-def theirs(case: Case) -> Iterator[Operations]:
-    """The released class on the same ranks."""
-    with released.on_gloo(TIMEOUT) as kind:
+def theirs(case: Case, backend: str = "gloo", **torch_names: Any) -> Iterator[Operations]:
+    """The released class on the same ranks; options as `released.on_gloo` has them."""
+    with released.on_gloo(TIMEOUT, backend, **torch_names) as kind:
         communicator = kind(
             released.grid_of(case.source.tp, case.source.dp, 0),
             released.grid_of(case.destination.tp, case.destination.dp, case.source.size),

@@ -14,6 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import bench_bridge
+import bench_host
 import busy
 import emulation
 import picture
@@ -233,6 +234,45 @@ def test_arguments_that_do_not_fit_are_refused_with_words(
         bench_bridge.parse_arguments(arguments)
     assert exit_status.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_arguments_of_the_host_benchmark() -> None:
+    options = bench_host.parse_arguments(["--quick", "--layouts", "tp4-tp4,dp4-tp2dp2"])
+    assert [case.layout for case in options.cases] == ["tp4-tp4", "dp4-tp2dp2"]
+    assert {case.methods for case in options.cases} == {("replicated-static", "sharded-static")}
+    assert bench_host.leaders(options.cases[1]) == [0, 1, 2, 3, 4, 6]  # each source rank is a lane of its own
+    assert bench_host.parse_arguments([]).repeats > options.repeats > 4
+    for arguments in (["--layouts", "tp4"], ["--repeats", "-2"]):
+        with pytest.raises(SystemExit):
+            bench_host.parse_arguments(arguments)
+
+
+@pytest.mark.parametrize("ignore", [True, False])
+def test_host_times_become_records_unless_the_machine_is_busy(monkeypatch: pytest.MonkeyPatch, ignore: bool) -> None:
+    times = {"released": [9.0, 12.0], "replicated-static": [3.0, 3.0], "sharded-static": [1.0, 2.0]}
+    measured = []
+
+    def rank_times(case: Case, rank: int, repeats: int, steps: int) -> dict[str, dict[str, list[float]]]:
+        measured.append(rank)
+        return dict.fromkeys(bench_host.CLOCKS, times)
+
+    monkeypatch.setattr(bench_host, "rank_times", rank_times)
+    monkeypatch.setattr(bench_host, "other_share", lambda machine, ours: 0.5)
+    (case,) = bench_host.parse_arguments([]).cases
+    if not ignore:
+        with pytest.raises(busy.MachineBusy, match="tp4-tp4: other work used 50%"):
+            bench_host.measure(case, 2, 1, ignore)
+        return
+    records = [item.record for item in bench_host.measure(case, 2, 1, ignore)]
+    assert measured == [3, 0, 4, 5]  # leader and member, source and destination
+    assert [record.name for record in records[::6]] == [
+        f"host-{side}-{role}" for side in ("source", "destination") for role in ("leader", "member")
+    ]
+    assert [(record.method, record.ratio_median, record.busy) for record in records[:3]] == [
+        ("replicated-static", 3.5, 0.5),
+        ("sharded-static", 7.5, 0.5),
+        ("replicated-static-caller", 3.5, 0.5),
+    ]
 
 
 def test_without_root_the_benchmark_is_skipped_with_a_reason(

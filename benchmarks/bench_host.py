@@ -1,0 +1,251 @@
+#!/usr/bin/env python3
+"""What a bridge costs its caller: host time per forward and backward, with no network at all.
+
+    python benchmarks/bench_host.py --quick --json out/host.json
+
+One process stands for one rank at a time, on torch's "fake" process group: every message is complete as soon as it is
+posted. What remains is what the host does: planning, Python, dispatch, allocation, handing over between threads. Ours
+has static shapes and a cached plan. The released class has to believe that each shape has arrived: the tensor that
+receives one holds it already. No root, no model. See benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P
+
+from busy import BUSY_LIMIT, MachineBusy, machine_usage, other_share, process_usage
+from cases import BATCH, KIB, REPLICATED, SHARDED, STATIC, Case, parse_layout
+from records import Measurement, measurement, table, write_json
+from released import ReleasedUnavailable, copy_of, require_released
+
+ATTEMPTS = 3
+SKIPPED, BUSY = 77, 75
+# A method's suffix says which clock: from call to return, processor time of the calling thread, and of all threads.
+CLOCKS: dict[str, Callable[[], float]] = {
+    "": time.perf_counter,
+    "-caller": time.thread_time,
+    "-threads": time.process_time,
+}
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter repeats: a few seconds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
+    parser.add_argument("--layouts", default="tp4-tp4", help="source-destination, by commas (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, help="pairs of each measurement (default: 15, quick: 7)")
+    parser.add_argument("--ignore-busy", action="store_true", help="report although other work is busy; `busy` tells")
+    options = parser.parse_args(arguments)
+    options.repeats = options.repeats or (7 if options.quick else 15)
+    options.steps = 300 if options.quick else 1000
+    if options.repeats < 1:
+        parser.error(f"--repeats: expected a positive number, got {options.repeats}")
+    try:
+        # Small, so that touching the payload costs nothing, and large enough to be cut for every rank.
+        options.cases = [
+            Case("small", *parse_layout(text), 16 * KIB, (REPLICATED + STATIC, SHARDED + STATIC))
+            for text in options.layouts.split(",")
+        ]
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    measurements: list[Measurement] = []
+    try:
+        require_released()
+        for case in options.cases:
+            measurements += measure(case, options.repeats, options.steps, options.ignore_busy)
+    except ReleasedUnavailable as reason:
+        print(f"skipped: {reason}", file=sys.stderr)
+        return SKIPPED
+    except MachineBusy as reason:
+        print(f"not reported: {reason}", file=sys.stderr)
+        return BUSY
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    print(table(measurements))
+    print(
+        "\nHost time of one rank per forward and backward, messages free of charge. leader, member: what the released "
+        "class makes of that rank.\n-caller: processor time of the calling thread; -threads: of all threads; "
+        "else: from call to return."
+    )
+    if options.json:
+        write_json([item.record for item in measurements], options.json)
+    return 0
+
+
+def measure(case: Case, repeats: int, steps: int, ignore_busy: bool) -> list[Measurement]:
+    """Both sides, each as the leader of its lane and as another rank of it; again, where other work was busy."""
+    for _ in range(ATTEMPTS):
+        machine, mine = machine_usage(), process_usage()
+        found = _measure(case, repeats, steps)
+        busy = other_share(machine_usage() - machine, [process_usage() - mine])
+        if ignore_busy or busy <= BUSY_LIMIT:
+            return [
+                measurement(
+                    name,
+                    case.layout,
+                    case.num_bytes,
+                    method,
+                    released_s=theirs,
+                    method_s=ours,
+                    bound_s=None,
+                    busy=busy,
+                )
+                for name, method, theirs, ours in found
+            ]
+    raise MachineBusy(
+        f"{case.layout}: other work used {busy:.0%} of the machine, expected at most {BUSY_LIMIT:.0%} "
+        f"({ATTEMPTS} attempts)"
+    )
+
+
+def _measure(case: Case, repeats: int, steps: int) -> list[tuple[str, str, list[float], list[float]]]:
+    lines: list[tuple[str, str, list[float], list[float]]] = []
+    sides = {"source": range(case.source.size), "destination": range(case.source.size, case.world_size)}
+    for side, ranks in sides.items():
+        roles = {
+            "leader": next(rank for rank in ranks if rank in leaders(case)),
+            "member": next((rank for rank in ranks if rank not in leaders(case)), None),
+        }
+        for role, rank in roles.items():
+            if rank is None:
+                continue
+            clocks = rank_times(case, rank, repeats, steps)
+            lines += [
+                (f"host-{side}-{role}", method + suffix, times["released"], times[method])
+                for suffix, times in clocks.items()
+                for method in case.methods
+            ]
+    return lines
+
+
+def rank_times(case: Case, rank: int, repeats: int, steps: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds per forward and backward of one rank, by clock, then by method."""
+    import torch
+
+    torch.set_num_threads(1)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_fake_group(rank, case.world_size))
+        run: dict[str, Callable[[], None]] = {"released": _released(stack, case, rank)}
+        for method in case.methods:
+            run[method] = _ours(stack, case, method, rank)
+        for step in run.values():
+            for _ in range(50):
+                step()
+        times: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in run} for clock in CLOCKS}
+        gc.collect()
+        gc.disable()
+        stack.callback(gc.enable)
+        for _ in range(repeats):
+            for name, step in run.items():
+                began = [read() for read in CLOCKS.values()]
+                for _ in range(steps):
+                    step()
+                ended = [read() for read in CLOCKS.values()]
+                for clock, begin, end in zip(CLOCKS, began, ended, strict=True):
+                    times[clock][name].append((end - begin) / steps)
+    return times
+
+
+@contextlib.contextmanager
+def _fake_group(rank: int, world_size: int) -> Iterator[None]:
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    before = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = str(world_size)  # Megatron's grids believe it more than the process group
+    try:
+        yield
+    finally:
+        del os.environ["WORLD_SIZE"]
+        if before is not None:
+            os.environ["WORLD_SIZE"] = before
+        dist.destroy_process_group()
+
+
+def _ours(stack: contextlib.ExitStack, case: Case, method: str, rank: int) -> Callable[[], None]:
+    """Our bridge with its process group, too, a fake one; all other ranks say what this one says."""
+    import torch.distributed as dist
+    import transfers
+
+    module = importlib.import_module("mimo_ext.bridge")  # the package's attribute of that name is a function
+
+    def new_group(ranks: Any = None, **options: Any) -> Any:
+        return dist.new_group(ranks, **{**options, "backend": "fake"})
+
+    def all_gather(outputs: Sequence[Any], tensor: Any, **options: Any) -> None:
+        for output in outputs:
+            output.copy_(tensor)
+
+    before = vars(module)["dist"]
+    vars(module)["dist"] = copy_of(dist, new_group=new_group, all_gather=all_gather)
+    try:
+        ops = stack.enter_context(transfers.ours(case, method))
+    finally:
+        vars(module)["dist"] = before
+    return _step(ops, transfers.data_of(case, rank, method.startswith(SHARDED)).sends, rank < case.source.size)
+
+
+def _released(stack: contextlib.ExitStack, case: Case, rank: int) -> Callable[[], None]:
+    import torch
+    import transfers
+
+    is_source = rank < case.source.size
+    sends = transfers.data_of(case, rank, sharded=False).sends
+    # Between leaders travel the samples that a source lane and a destination lane share; in a lane, all of its own.
+    shared = list(sends.shape)
+    shared[transfers.AXES["b"]] = BATCH // max(case.source.dp, case.destination.dp)
+    arrived = torch.tensor(shared if rank in leaders(case) else sends.shape)
+    empty = torch.empty
+
+    def empty_or_arrived(*size: Any, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
+        return arrived if dtype is torch.int64 else empty(*size, dtype=dtype, **options)
+
+    ops = stack.enter_context(transfers.theirs(case, backend="fake", empty=empty_or_arrived))
+    return _step(ops, sends, is_source)
+
+
+def leaders(case: Case) -> list[int]:
+    """The ranks that the released class lets do the work: a source lane's last, a destination lane's first."""
+    source, destination = case.source, case.destination
+    return [
+        *range(source.tp - 1, source.size, source.tp),
+        *range(source.size, source.size + destination.size, destination.tp),
+    ]
+
+
+def _step(ops: Any, tensor: Any, is_source: bool) -> Callable[[], None]:
+    if is_source:
+
+        def step() -> None:
+            ops.send_forward(tensor)
+            ops.recv_backward()
+    else:
+
+        def step() -> None:
+            ops.recv_forward()
+            ops.send_backward(tensor)
+
+    return step
+
+
+if __name__ == "__main__":
+    sys.exit(main())
