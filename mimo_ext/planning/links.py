@@ -6,9 +6,10 @@ under way together take as long as the busiest link needs for its share,
 
     time of a set = max over ranks and links of (bytes / bandwidth + overhead * messages) + latency * rounds,
 
-where `rounds` counts the messages that wait for one another. Sets that follow one another add up. Where lane copies are
-made of what has arrived, chunk by chunk, both sets are under way together but for one chunk: with transfers that alone
-take S, copies that alone take C and k chunks, max(both together, S + C / k, S / k + C).
+where `rounds` counts the messages in a row of which each waits for the one before. Sets that follow one another add up.
+Where lane copies are made of what has arrived, chunk by chunk, both sets are under way together but for one chunk: with
+transfers that alone take S, copies that alone take C and k chunks, max(both together, S + C / k, S / k + C). These are
+two rounds: no chunk waits for another one's copies.
 
 Where it idealises: the network and the switch of a host have no other limit than the ranks' own links (no
 oversubscription, no congestion, no slow peer); packing, local copies, the host's own work and waiting for the device
@@ -86,7 +87,7 @@ class Phase:
         transfers: the messages. What a rank gives to itself takes no time.
         copies: lane copies of what the transfers bring, made chunk by chunk.
         chunks: in how many chunks the copies follow the transfers.
-        rounds: how many messages in a row wait for one another.
+        rounds: messages in a row of which each waits for the one before.
     """
 
     name: str

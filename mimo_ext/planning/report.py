@@ -97,7 +97,8 @@ def comparison_text(comparison: Comparison) -> str:
     """Totals of both ways side by side, then what every rank sends and receives by the plan."""
     ours, leader = comparison.ours, comparison.leader
     rows: list[tuple[str, str, str]] = [("", ours.method, leader.method)]
-    rows += [(name, str(a), str(b)) for name, a, b in (("rounds", ours.rounds, leader.rounds),)]
+    rows.append(("rounds (messages that wait for one another)", str(ours.rounds), str(leader.rounds)))
+    rows.append(("chunks", str(ours.chunks), str(leader.chunks)))
     rows.append(("messages", f"{ours.messages:,}", f"{leader.messages:,}"))
     for path, words in ((NIC, "network cards"), (HOST, "hosts")):
         rows.append((f"all bytes over {words}", bytes_text(ours.total(path)), bytes_text(leader.total(path))))

@@ -103,8 +103,13 @@ class Traffic:
 
     @property
     def rounds(self) -> int:
-        """Messages in a row that wait for one another."""
+        """Messages in a row of which each waits for the one before."""
         return sum(phase.rounds for phase in self.phases if any(t.sender != t.receiver for t in phase.all))
+
+    @property
+    def chunks(self) -> int:
+        """In how many chunks lane copies follow what they are made of."""
+        return max((phase.chunks for phase in self.phases), default=1)
 
     @property
     def messages(self) -> int:
@@ -145,6 +150,7 @@ class Traffic:
         return {
             "method": self.method,
             "rounds": self.rounds,
+            "chunks": self.chunks,
             "messages": self.messages,
             "seconds": self.seconds,
             "efficiency": self.efficiency,
@@ -173,9 +179,8 @@ def planned(edge: Edge, links: Links, backward: bool = False) -> Traffic:
     item = edge.dtype.itemsize
     transfers, chunks = _gathered(_sends(plan, part), item)
     copies, copy_chunks = _gathered(_lane_sends(plan, part), item)
-    chunks = max(chunks, copy_chunks)
-    rounds = chunks + (1 if copies else 0) if transfers else 0
-    phases = (Phase(PAYLOAD, transfers, copies, chunks, rounds),) if transfers else ()
+    phase = Phase(PAYLOAD, transfers, copies, max(chunks, copy_chunks), rounds=2 if copies else 1)
+    phases = (phase,) if transfers else ()
     return Traffic("the bridge's plan", phases, part, links)
 
 
@@ -193,7 +198,7 @@ def _size(message: _C.Message, item: int) -> int:
     return item * math.prod(extent for _, extent in message["recv_box"])
 
 
-def _gathered(messages: Iterable[Any], item: int) -> tuple[tuple[Transfer, ...], int]:
+def _gathered(messages: Iterable[_C.Message], item: int) -> tuple[tuple[Transfer, ...], int]:
     """Messages between the same two ranks as one transfer, and into how many chunks they are cut."""
     sums: dict[tuple[int, int], list[int]] = defaultdict(lambda: [0, 0])
     last_chunk = 0
@@ -201,7 +206,7 @@ def _gathered(messages: Iterable[Any], item: int) -> tuple[tuple[Transfer, ...],
         pair = sums[message["sender"], message["receiver"]]
         pair[0] += _size(message, item)
         pair[1] += 1
-        last_chunk = max(last_chunk, message.get("chunk", 0))
+        last_chunk = max(last_chunk, message["chunk"])
     return tuple(Transfer(*ranks, *pair) for ranks, pair in sums.items()), last_chunk + 1
 
 

@@ -137,8 +137,19 @@ def test_ours_by_hand() -> None:
     assert traffic.total("host") == 4 * 3 * 256
     # The copies need 768 / 8 = 96 s, less than the transfers: they hide but for one chunk.
     chunks = traffic.phases[0].chunks
-    assert traffic.seconds == pytest.approx(256 + 96 / chunks + 100 * (chunks + 1))
+    assert traffic.seconds == pytest.approx(256 + 96 / chunks + 2 * 100)
     assert traffic.efficiency == pytest.approx(256 / traffic.seconds)
+
+
+def test_large_parts_are_handed_on_in_chunks() -> None:
+    small, large = (planned(edge("tp=4", "tp=4", hidden=hidden), Links(ranks_per_host=4)) for hidden in (8, 1 << 16))
+    assert (small.chunks, large.chunks) == (1, 8)
+    assert (small.rounds, large.rounds) == (2, 2)
+    assert large.messages == 8 * small.messages
+    sending, copying = large.total("nic") / 4 / 50e9, large.total("host") / 4 / 450e9
+    overheads = 0.5e-6 * 8, 0.5e-6 * 8 * 3
+    expected = sending + overheads[0] + (copying + overheads[1]) / 8 + 2 * 5e-6
+    assert large.seconds == pytest.approx(expected)
 
 
 # Any edge
