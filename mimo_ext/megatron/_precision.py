@@ -10,11 +10,13 @@ import torch
 def resolve_dtype(fp16: bool | None, bf16: bool | None, default_fp16: bool, default_bf16: bool) -> torch.dtype:
     """Precision from two flags; None means the default, unless the other flag was set.
 
+    Of the defaults fp16 goes first: a provider with ``fp16=True`` has ``bf16=True`` from its class.
+
     Raises:
-        ValueError: both are True.
+        ValueError: both flags are True.
     """
     if fp16 is None and bf16 is None:
-        fp16, bf16 = default_fp16, default_bf16
+        fp16, bf16 = default_fp16, default_bf16 and not default_fp16
     elif fp16 is None:
         fp16 = default_fp16 and not bf16
     elif bf16 is None:

@@ -132,11 +132,12 @@ class MimoParallelismConfig:
         """Ranks that the modules need."""
         return max((p.rank_offset + p.total_ranks for p in self.module_parallelisms.values()), default=0)
 
-    def finalize(self, world_size: int) -> None:
+    def finalize(self, world_size: int | None) -> None:
         """Check the whole layout. Call it on every rank before a grid is built.
 
         Args:
-            world_size: ranks of the job.
+            world_size: ranks of the job. None, where they are not known yet: whether the modules cover them is not
+                checked.
 
         Raises:
             ValueError: no language module; a module's own sizes are wrong; ranges overlap in part or leave a gap;
@@ -164,7 +165,7 @@ class MimoParallelismConfig:
         """Whether the world belongs to one module alone."""
         return len(self.module_parallelisms) == 1
 
-    def _check_ranges(self, world_size: int) -> None:
+    def _check_ranges(self, world_size: int | None) -> None:
         ranges = sorted(
             ((p.rank_offset, p.rank_offset + p.total_ranks), name) for name, p in self.module_parallelisms.items()
         )
@@ -191,8 +192,8 @@ class MimoParallelismConfig:
             )
 
     @staticmethod
-    def _check_covered(covered: int, world_size: int) -> None:
-        if covered != world_size:
+    def _check_covered(covered: int, world_size: int | None) -> None:
+        if world_size is not None and covered != world_size:
             raise ValueError(
                 "rank_offset ranges must tile the distributed world with no gaps; "
                 f"covered ranks [0, {covered}), world_size is {world_size}."
@@ -216,7 +217,7 @@ class MegatronMIMOParallelismConfig(MimoParallelismConfig):
     Ranges must be disjoint, TP sizes powers of two, DP sizes must divide one another and be given for every module.
     """
 
-    def finalize(self, world_size: int) -> None:
+    def finalize(self, world_size: int | None) -> None:
         """As in the base class, with the released limits on top. Raises ValueError."""
         super().finalize(world_size)
         self._check_released_limits()
@@ -224,7 +225,7 @@ class MegatronMIMOParallelismConfig(MimoParallelismConfig):
     def _may_fill_in_data_parallel(self) -> bool:
         return False
 
-    def _check_ranges(self, world_size: int) -> None:
+    def _check_ranges(self, world_size: int | None) -> None:
         covered, previous = 0, ""
         ranges = sorted(
             (p.rank_offset, p.rank_offset + p.total_ranks, name) for name, p in self.module_parallelisms.items()

@@ -33,6 +33,7 @@ def wrap_mimo_model_distributed(
         ``mimo_model`` itself.
 
     Raises:
+        ValueError: there are grids, but none for the language model of this rank.
         AttributeError: a modality has no part with a ``config``, which DDP needs for its bucket sizes.
     """
     # Fetched now, not at import: programs replace the class.
@@ -46,6 +47,11 @@ def wrap_mimo_model_distributed(
         )
 
     language_model = mimo_model.language_model
+    if language_model is not None and grids and MIMO_LANGUAGE_MODULE_KEY not in grids:
+        raise ValueError(
+            f"Rank {dist.get_rank()}: expected a grid of the language model under '{MIMO_LANGUAGE_MODULE_KEY}', got "
+            f"grids of {list(grids)}. Without one its gradients would not be reduced."
+        )
     if language_model is not None and _is_active(MIMO_LANGUAGE_MODULE_KEY, grids, pg_collections):
         wrapped = wrap(language_model, language_model.config, MIMO_LANGUAGE_MODULE_KEY)
         # Megatron's DDP forwards no methods; the schedule and MimoModel call this one on the wrapper.

@@ -98,8 +98,8 @@ class RankRole:
         if got != expected:
             raise ValueError(
                 f"module_to_grid_map keys must match modality module names + '{MIMO_LANGUAGE_MODULE_KEY}': "
-                f"expected {sorted(expected)}, got {sorted(got)} "
-                f"(missing {sorted(expected - got)}, extra {sorted(got - expected)})."
+                f"expected {sorted(expected)}, got {sorted(got)}. Missing: {sorted(expected - got)}, extra: "
+                f"{sorted(got - expected)}."
             )
         mode = ModuleLayout.COLOCATED if _language_shares_ranks(module_to_grid_map) else ModuleLayout.NON_COLOCATED
         return cls(modules=_stages_of_rank(module_to_grid_map), mode=mode)

@@ -115,3 +115,10 @@ def test_config_without_encoders_comes_from_a_projection(ddp):
 def test_part_without_config_is_named(images, message):
     with pytest.raises(AttributeError, match=message):
         wrap_mimo_model_distributed(mimo(None, images=images), "ddp", None, {"images": Grid(0)}, {"images": 1})
+
+
+def test_language_model_under_another_name_is_refused(ddp):
+    model = mimo(Language())
+    with pytest.raises(ValueError, match=r"grid of the language model under 'language', got grids of \['llm'\]"):
+        wrap_mimo_model_distributed(model, "ddp", None, {"llm": Grid(0)}, {"llm": 1})
+    ddp.assert_not_called()

@@ -145,3 +145,14 @@ def test_one_module_takes_the_whole_world():
     config = MimoParallelismConfig({"language": module(dp=None, tp=2)})
     config.finalize(6)
     assert config.get_parallelism("language").data_parallel_size == 3
+
+
+@BOTH
+def test_without_a_world_size_all_but_its_cover_is_checked(kind):
+    config = kind({"images": module(0, dp=2), "language": module(2, dp=4)})
+    config.finalize(None)
+    assert config.total_world_size == 6
+    with pytest.raises(ValueError, match="no gaps"):
+        kind({"images": module(0, dp=2), "language": module(3, dp=4)}).finalize(None)
+    with pytest.raises(ValueError, match="data_parallel_size"):
+        kind({"images": module(0, dp=2), "language": module(2, dp=None)}).finalize(None)

@@ -115,6 +115,8 @@ def test_wrong_keys_name_both_sets(as_rank, keys, names):
     with pytest.raises(ValueError, match=r"expected .*language.*got") as error:
         RankRole.from_grid_map({key: Grid(0) for key in keys}, names)
     assert str(sorted(keys)) in str(error.value)
+    missing, extra = set(names) | {"language"}, set(keys)
+    assert f"Missing: {sorted(missing - extra)}, extra: {sorted(extra - missing)}" in str(error.value)
 
 
 def test_rank_in_no_grid(as_rank, two_grids):
