@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from mimo_ext.megatron.config import ModuleParallelismConfig
@@ -74,6 +75,14 @@ def freeze(module: Any) -> None:
     """Take all parameters out of training."""
     for parameter in module.parameters():
         parameter.requires_grad = False
+
+
+def give_groups(submodule: Any, pg_collection: Any) -> None:
+    """Tell a modality's modules their groups, where `sharded_state_dict` would ask parallel_state for global ones."""
+    submodule.pg_collection = pg_collection
+    for part in submodule.modules():
+        if isinstance(part, MegatronModule) and not hasattr(part, "tp_group"):
+            part.tp_group = pg_collection.tp
 
 
 def _finalize_transformer_configs_in_specs(

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.mimo.config import MimoModelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.utils import get_model_config
 
@@ -23,6 +22,7 @@ from mimo_ext.megatron._provider_base import Hook, ProviderBase, compose_hooks, 
 from mimo_ext.megatron._specs import (
     _finalize_transformer_configs_in_specs,
     freeze,
+    give_groups,
     language_spec_with_groups,
     leave_scattering_to_mimo_model,
     modality_spec_with_groups,
@@ -80,7 +80,7 @@ class MimoModelProvider(ProviderBase):
         topology: DAG of the modules; default: every modality feeds the language model.
         module_output_ndim: dims of each module's output; default: language 3, others 2.
         freeze_language_model, freeze_modality_encoders, freeze_modality_projections: parts that do not train.
-        fp16, bf16: precision; both False is fp32.
+        fp16, bf16: precision; both False is fp32, both True is fp16 (True is the default of bf16).
         use_cpu_initialization: leave the model on the CPU.
         init_model_with_meta_device: not supported; True raises NotImplementedError.
         virtual_pipeline_model_parallel_size: not supported above 1; raises NotImplementedError.
@@ -122,8 +122,15 @@ class MimoModelProvider(ProviderBase):
 
     def _language_size(self, name: str) -> int:
         config = self._parallelism()
-        sizes = config.module_parallelisms.get(MIMO_LANGUAGE_MODULE_KEY) if config is not None else None
-        return getattr(sizes, name) if sizes is not None else 1
+        if config is None:
+            return 1
+        sizes = config.module_parallelisms.get(MIMO_LANGUAGE_MODULE_KEY)
+        if sizes is None:
+            raise ValueError(
+                f"{name}: expected the language model's sizes under '{MIMO_LANGUAGE_MODULE_KEY}' in "
+                f"module_parallelisms, got modules {config.module_names}"
+            )
+        return getattr(sizes, name)
 
     def _parallelism(self) -> MimoParallelismConfig | None:
         return self.mimo_parallelism_config
@@ -293,6 +300,10 @@ class MimoModelProvider(ProviderBase):
         active = [groups for groups in infra.pg_collections.values() if groups is not None]
         if active:
             model.pg_collection = language_groups if language_groups is not None else active[0]
+        submodules: Any = getattr(model, "modality_submodules", {})
+        for name, groups in infra.pg_collections.items():
+            if groups is not None and name in submodules:
+                give_groups(submodules[name], groups)
         self._apply_freezing(model)
         return model
 
@@ -417,6 +428,9 @@ class MimoModelProvider(ProviderBase):
     ) -> list[Any]:
         if dtype is torch.float32:
             return models
+        # Fetched now, not at import: programs replace the class.
+        from megatron.core.transformer.module import Float16Module
+
         wrapper = wrapper or Float16Module
         return [wrapper(get_model_config(model), model) for model in models]
 

@@ -113,6 +113,16 @@ def test_sizes_are_the_language_models(face):
     assert bare.tensor_model_parallel_size == bare.pipeline_model_parallel_size == bare.context_parallel_size == 1
 
 
+@FACES
+def test_sizes_of_a_language_model_under_another_name_are_refused(face):
+    made = make(face)
+    config = made._parallelism()
+    config.module_parallelisms["llm"] = config.module_parallelisms.pop("language")
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+        with pytest.raises(ValueError, match=rf"{name}: expected .* under 'language' .*got modules .*'llm'"):
+            getattr(made, name)
+
+
 def test_infra_of_both_generations():
     assert MegatronMIMOInfra is MimoModelInfra
     infra = MimoModelInfra({}, {}, {}, [])
@@ -416,6 +426,7 @@ def test_distributed_model_without_parallelism_or_process_group(real_model, face
         ({}, {}, torch.bfloat16),
         ({}, {"fp16": True}, torch.float16),
         ({}, {"bf16": False}, torch.float32),
+        ({"fp16": True}, {}, torch.float16),  # bf16 is on by default
         ({"fp16": True, "bf16": False}, {}, torch.float16),
         ({"fp16": True, "bf16": False}, {"bf16": True}, torch.bfloat16),
         ({"bf16": False}, {"bf16": True}, torch.bfloat16),
@@ -432,6 +443,13 @@ def test_precision_of_both_faces(real_model, fields, arguments, dtype):
     [model] = released.provide_distributed_model(wrap_with_ddp=False, **arguments)
     assert isinstance(model, Model)
     assert model.weight.dtype is dtype
+
+
+def test_float16_module_is_megatrons_of_that_moment(real_model, monkeypatch):
+    monkeypatch.setattr("megatron.core.transformer.module.Float16Module", lambda config, model: ("other", model))
+    [(text, model)] = make(parallel=False).provide_distributed_model(wrap_with_ddp=False)
+    assert text == "other"
+    assert model.weight.dtype is torch.bfloat16
 
 
 def test_mixed_precision_wrapper_can_be_given(real_model):
