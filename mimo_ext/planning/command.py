@@ -68,6 +68,9 @@ def add_to(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     layout.add_argument("--batch-dim", type=int, choices=(0, 1), default=0, help="3-D: which axis is the samples'")
     layout.add_argument("--direction", choices=DIRECTIONS, default="both", help="default %(default)s")
+    layout.add_argument(
+        "--max-chunks", type=int, default=8, help="in which lane copies follow what arrives, as of Bridge (default 8)"
+    )
     default = Links()
     cluster = parser.add_argument_group("what it is moved over")
     cluster.add_argument("--ranks-per-host", type=int, default=default.ranks_per_host, help="default %(default)s")
@@ -131,6 +134,7 @@ def edge_of(options: argparse.Namespace) -> Edge:
         getattr(torch, options.dtype),
         options.ndim,
         options.batch_dim,
+        options.max_chunks,
     )
 
 

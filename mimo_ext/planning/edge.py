@@ -33,6 +33,7 @@ class Edge:
         dtype: of the tensor.
         ndim: 2 for [rows of the lane, hidden], 3 for [samples, rows, hidden] (`batch_dim` 0) or
             [rows, samples, hidden] (1).
+        max_chunks, min_chunk_bytes: as of `Bridge`.
 
     Raises:
         EdgeError: values that do not fit together.
@@ -46,6 +47,8 @@ class Edge:
     dtype: torch.dtype = torch.bfloat16
     ndim: int = 2
     batch_dim: int = 0
+    max_chunks: int = 8
+    min_chunk_bytes: int = 64 << 10
 
     def __post_init__(self) -> None:
         if self.ndim not in (2, 3):
@@ -54,6 +57,10 @@ class Edge:
             raise EdgeError(f"the batch axis must be 0 or 1, got {self.batch_dim}")
         if self.samples < 1 or self.hidden < 1:
             raise EdgeError(f"samples ({self.samples}) and hidden ({self.hidden}) must be 1 or more")
+        if self.max_chunks < 1 or self.min_chunk_bytes < 1:
+            raise EdgeError(
+                f"max_chunks ({self.max_chunks}) and min_chunk_bytes ({self.min_chunk_bytes}) must be 1 or more"
+            )
         if min(self.rows_of_samples, default=0) < 0 or (isinstance(self.rows, int) and self.rows < 1):
             raise EdgeError(f"rows must be 1 or more (0 for single samples of a list), got {self.rows}")
         if isinstance(self.rows, tuple):
@@ -100,7 +107,14 @@ class Edge:
 
     def plan(self, backward: bool = False) -> Plan:
         """The bridge's plan for this microbatch."""
-        return Plan(self.source.boundary(-1), self.destination.boundary(0), self.microbatch(), backward)
+        return Plan(
+            self.source.boundary(-1),
+            self.destination.boundary(0),
+            self.microbatch(),
+            backward,
+            max_chunks=self.max_chunks,
+            min_chunk_bytes=self.min_chunk_bytes,
+        )
 
     def refused_by_released(self) -> str | None:
         """Why Megatron-Core's released class refuses this edge; None where it does not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shlex
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from mimo_ext import Bridge
 from mimo_ext.planning import Edge, EdgeError, Links, parse_layout
 from mimo_ext.planning.command import main
 from mimo_ext.planning.report import bytes_text, compare, seconds_text
@@ -88,6 +90,16 @@ def test_options_of_the_cluster_and_of_the_microbatch_count(capsys: pytest.Captu
     assert forward["leader"]["rounds"] == 1 + 1 + 3 + 3
 
 
+def test_chunks_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    for chunks in (1, 3):
+        result = json.loads(printed(capsys, *FAN_IN, "--direction", "forward", "--max-chunks", str(chunks), "--json"))
+        assert result["directions"][0]["ours"]["chunks"] == chunks
+    # Bridge's own defaults are the command's.
+    parameters = inspect.signature(Bridge).parameters
+    fields = ("max_chunks", "min_chunk_bytes")
+    assert [getattr(EDGE, name) for name in fields] == [parameters[name].default for name in fields]
+
+
 def test_ragged_rows_are_one_count_per_sample(capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(printed(capsys, *FAN_IN, "--rows", "5,0,7,1", "--hidden", "2", "--json"))
     assert (result["shape"], result["bytes"]) == ([13, 2], 13 * 2 * 2)
@@ -137,6 +149,10 @@ def test_many_ranks_are_cut_short(capsys: pytest.CaptureFixture[str]) -> None:
         (
             ["--source", "tp=1", "--destination", "tp=1", "--samples", "0"],
             "samples (0) and hidden (4096) must be 1 or more",
+        ),
+        (
+            ["--source", "tp=1", "--destination", "tp=1", "--max-chunks", "0"],
+            "max_chunks (0) and min_chunk_bytes (65536)",
         ),
         (["--source", "tp=1", "--destination", "tp=1", "--nic-gbps", "0"], "bandwidth nic must be positive, got 0.0"),
         (["--source", "tp=1", "--destination", "tp=1", "--dtype", "int4"], "argument --dtype: invalid choice: 'int4'"),
