@@ -20,7 +20,12 @@ def draw(records: Sequence[Record], file: Path) -> None:
     lines = list(dict.fromkeys((record.name, record.layout, record.bytes) for record in shown))
     height = 0.8 / max(1, len(methods))
     figure, (left, right) = pyplot.subplots(
-        1, 2, sharey=True, figsize=(11, 1.5 + 0.32 * len(lines) * max(1, len(methods))), width_ratios=(2, 1)
+        1,
+        2,
+        sharey=True,
+        layout="constrained",
+        figsize=(11, 1.5 + 0.32 * len(lines) * max(1, len(methods))),
+        width_ratios=(2, 1),
     )
     for index, method in enumerate(methods):
         own = [record for record in shown if record.method == method]
@@ -41,9 +46,8 @@ def draw(records: Sequence[Record], file: Path) -> None:
     left.set_xlabel("times as fast as Megatron-Core's BridgeCommunicator (median, range of the pairs)")
     right.axvline(1, color="black", linewidth=0.8)
     right.set_xlabel("link efficiency (1 = the links' limit)")
-    left.legend(loc="lower right")
     figure.suptitle("Forward and backward on an emulated cluster: gloo, one shaped link per rank")
-    figure.tight_layout()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=max(1, len(methods)))
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
