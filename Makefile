@@ -114,6 +114,7 @@ bench: $(VENV)/.example $(VENV)/.built
 	$(PY) -P -W ignore benchmarks/bench_bridge.py --json out/bench/bridge.json --png out/bench/bridge.png $(BENCH_ARGS) \
 		|| test $$? -eq 77
 	$(PY) -P -W ignore benchmarks/bench_host.py --json out/bench/host.json $(filter --quick --ignore-busy,$(BENCH_ARGS))
+	$(PY) -W ignore benchmarks/bench_plan.py --json out/bench/plan.json $(filter --quick,$(BENCH_ARGS))
 
 # --- Tests. -P keeps the source folder off the path: what is tested is the installed package.
 

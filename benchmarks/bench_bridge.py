@@ -25,7 +25,7 @@ from busy import BUSY_LIMIT, MachineBusy, Usage, machine_usage, other_share, pro
 from cases import FAMILIES, KIB, LAYOUTS, METHODS, Case, select
 from emulation import EmulatedCluster, EmulationUnavailable
 from ranks import RankFailed, RankPool, rank_pool
-from records import Measurement, measurement, table, write_json
+from records import Measurement, measurement, slower, table, write_json
 from released import ReleasedUnavailable, require_released
 
 SKIPPED = 77  # the exit status of a test that could not be run
@@ -112,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "Efficiency = what the links need at least / the time taken; it depends on no other program."
     )
     records = [item.record for item in measurements]
+    if lost := slower(records):
+        print("Smallest ratio below 0.97: " + "; ".join(lost))
     if options.json:
         write_json(records, options.json)
     if options.png:

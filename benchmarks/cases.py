@@ -154,7 +154,7 @@ def select(
     """The cases of a run, those of one cluster together.
 
     Args:
-        quick: the largest payloads alone, except at tp4-tp4; full: all payloads, and static shapes as well.
+        quick: the largest payloads alone, except at tp4-tp4; full: all payloads, and static shapes everywhere.
         layouts: default: those of `LAYOUTS` (small payloads: `SMALL_LAYOUTS`; 1F1B and one host: tp4-tp4).
         sizes: bytes; default: 1, 4 and 16 MiB; 4 and 12 MiB from 16 ranks on.
         methods: default: replicated and sharded.
@@ -184,7 +184,7 @@ def select(
             add("transfer", text, defaults, usual)
     for text in layouts or ("tp4-tp4",):
         if "steady-1f1b" in families:
-            add("steady-1f1b", text, (8 * MIB,), usual, microbatches=8)
+            add("steady-1f1b", text, (8 * MIB,), METHODS, microbatches=8)
         if "one-host" in families:
             add("one-host", text, (4 * MIB,) if quick else (4 * MIB, 16 * MIB), usual)
     small = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB)

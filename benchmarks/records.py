@@ -154,6 +154,15 @@ def table(measurements: Sequence[Measurement]) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
+def slower(records: Sequence[Record], limit: float = 0.97) -> list[str]:
+    """Cases and methods that lose to the released class: their smallest ratio is below `limit`."""
+    return [
+        f"{record.name} {record.layout} {size_text(record.bytes)} {record.method}"
+        for record in records
+        if record.ratio_lo is not None and record.ratio_lo < limit
+    ]
+
+
 def _row(item: Measurement) -> tuple[str, ...]:
     record = item.record
 

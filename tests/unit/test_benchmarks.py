@@ -20,7 +20,7 @@ import emulation
 import picture
 import released
 from cases import FAMILIES, MIB, Case, Side, parse_layout, select
-from records import KEYS, Measurement, Record, measurement, read_json, size_text, table, write_json
+from records import KEYS, Measurement, Record, measurement, read_json, size_text, slower, table, write_json
 
 
 def sample(**changes: object) -> Record:
@@ -133,6 +133,11 @@ def test_the_table_shows_every_number_beside_its_ratio() -> None:
         "0.03",
     ]
     assert [size_text(size) for size in (None, 512, 16384, 1536 * 1024)] == ["-", "512 B", "16 KiB", "1.5 MiB"]
+
+
+def test_what_loses_to_the_released_class_is_named() -> None:
+    records = [sample(), sample(ratio_lo=0.969, method="replicated"), sample(ratio_lo=0.97), sample(ratio_lo=None)]
+    assert slower(records) == ["transfer tp4-tp4 4 MiB replicated"]
 
 
 def test_the_picture_is_drawn_from_records_alone(tmp_path: Path) -> None:
