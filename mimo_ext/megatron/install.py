@@ -25,7 +25,9 @@ What is replaced, in the modules that define the names and in all that have impo
 Names imported while this is in effect come from these modules, hence are ours, and are put back with the others. A
 module that took a class from `mimo_ext` itself before keeps it; one that may do so meanwhile is named in `exclude`.
 Not reached, and listed in `Installation.not_reached`: default arguments, closures, base classes and attributes of
-classes, partial functions, existing objects. Processes that the program starts with multiprocessing start without it.
+classes, partial functions, existing objects. Values that a program or a test puts into Megatron-Bridge's modules for
+its functions to find (``patch("megatron.bridge....MimoModel")``) are not seen by ours, which look into their own
+modules: patch them there, or at the documents' import paths. Processes that the program starts with multiprocessing start without it.
 """
 
 from __future__ import annotations

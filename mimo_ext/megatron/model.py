@@ -52,6 +52,7 @@ class MimoModel(_CoreMimoModel):
     """
 
     released_roles: ClassVar[bool] = False
+    _role_is_fixed = False
 
     def __init__(self, mimo_config: MimoModelConfig, cp_group: Any = None, tp_group: Any = None) -> None:
         modality_names = list(mimo_config.modality_submodules_spec)
@@ -338,10 +339,12 @@ class MimoModel(_CoreMimoModel):
         Raises:
             ValueError: the encoder gave more or fewer rows than ``input_ids`` has positions for.
         """
-        queue = self.row_counts[encoder_name]
+        queue = self._queue_of(encoder_name)
         queue.clear()
         token_id = self.special_token_ids.get(encoder_name)
-        if token_id is None or input_ids is None or output.dim() != 2 or not self.role.is_last_stage(encoder_name):
+        # A program's stand-in for the role may have a mode only.
+        is_last_stage = getattr(self.role, "is_last_stage", lambda name: True)
+        if token_id is None or input_ids is None or output.dim() != 2 or not is_last_stage(encoder_name):
             return
         # The host must know the counts before it can say where the rows go. Free where input_ids live on the host.
         counts = (input_ids == token_id).sum(dim=1).tolist()
@@ -352,6 +355,11 @@ class MimoModel(_CoreMimoModel):
             )
         queue.append(counts)
         output._mimo_bridge_split_sizes = counts
+
+    def _queue_of(self, encoder_name: str) -> deque[list[int]]:
+        """Where the row counts of an encoder go; nowhere in a model whose constructor was not run (a stub)."""
+        queues: dict[str, deque[list[int]]] = self.__dict__.get("row_counts", {})
+        return queues[encoder_name] if encoder_name in queues else deque()
 
     def _empty_encoder_output(self, encoder_name: str) -> torch.Tensor:
         """What an encoder sends for a batch without its modality: ``[0, h of the language model]``.
@@ -364,7 +372,9 @@ class MimoModel(_CoreMimoModel):
             raise ValueError("Language model config must define hidden_size for empty modality output.")
         dtype = getattr(language_config, "params_dtype", None) or torch.float32
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        weight = next((p for p in self.modality_submodules[encoder_name].parameters() if p.is_floating_point()), None)
+        submodules = getattr(self, "modality_submodules", {})
+        weights = submodules[encoder_name].parameters() if encoder_name in submodules else ()
+        weight = next((p for p in weights if p.is_floating_point()), None)
         if weight is not None:
             dtype, device = weight.dtype, weight.device
         return torch.empty((0, hidden), device=device, dtype=dtype, requires_grad=True)

@@ -249,6 +249,18 @@ def test_role_of_a_rank_outside(as_rank):
         model({"language": Grid(0)})
 
 
+def test_methods_of_a_model_whose_constructor_was_not_run():
+    """As programs' tests do, with stand-ins for what the methods read."""
+    stub = MimoModel.__new__(MimoModel)
+    stub.special_token_ids = {"images": IMAGE}
+    stub.role = SimpleNamespace(mode=ReleasedLayout.NON_COLOCATED)
+    stub.mimo_config = SimpleNamespace(language_model_spec=SimpleNamespace(params={"config": CONFIG}))
+    output = rows(3)
+    stub._attach_modality_split_sizes(output, IDS, "images")
+    assert output._mimo_bridge_split_sizes == [2, 0, 1]
+    assert stub._empty_encoder_output("images").shape == (0, HIDDEN)
+
+
 def test_role_can_be_replaced():
     made = model()
     role = made.role
