@@ -27,7 +27,8 @@ module that took a class from `mimo_ext` itself before keeps it; one that may do
 Not reached, and listed in `Installation.not_reached`: default arguments, closures, base classes and attributes of
 classes, partial functions, existing objects. Values that a program or a test puts into Megatron-Bridge's modules for
 its functions to find (``patch("megatron.bridge....MimoModel")``) are not seen by ours, which look into their own
-modules: patch them there, or at the documents' import paths. Processes that the program starts with multiprocessing start without it.
+modules: patch them there, or at the documents' import paths. Processes that the program starts with multiprocessing
+start without it.
 """
 
 from __future__ import annotations
