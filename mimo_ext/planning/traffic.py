@@ -15,6 +15,7 @@ from .edge import Edge, EdgeError
 from .links import HOST, NIC, STAYS, Links, Load, Phase, Transfer, busiest, loads_of, time_of
 
 BROADCASTS = ("ring", "tree")
+FEW_RANKS = 32  # of both sides together: these are all looked at
 MAX_RANKS = 1 << 14  # whose messages are listed one by one
 SHAPE_BYTES = 8  # of one extent: shapes travel as int64
 
@@ -44,7 +45,9 @@ def part_of(edge: Edge, plan: Plan, links: Links) -> Part:
     """
     senders, receivers = _sides(plan)
     groups = math.gcd(len(senders.lanes), len(receivers.lanes))
-    if groups > 1 and not edge.ragged and edge.samples % groups == 0 and _groups_are_alike(senders, receivers, links):
+    many = sum(len(lane) for side in (senders, receivers) for lane in side.lanes) > FEW_RANKS
+    even = not edge.ragged and edge.samples % groups == 0
+    if many and groups > 1 and even and _groups_are_alike(senders, receivers, links):
         return Part(
             tuple(map(tuple, senders.lanes[: len(senders.lanes) // groups])),
             tuple(map(tuple, receivers.lanes[: len(receivers.lanes) // groups])),

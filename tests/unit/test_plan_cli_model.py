@@ -255,12 +255,14 @@ def test_the_first_of_equal_groups_stands_for_all(
 @pytest.mark.parametrize(
     ("case", "links"),
     [
-        (edge("tp=4,dp=4", "tp=4,dp=4", rows=(3, 4, 5, 6)), SLOW),
-        (edge("tp=4,dp=4", "tp=4,dp=4", samples=6), SLOW),
+        (edge("tp=8,dp=4", "tp=8,dp=4", rows=(3, 4, 5, 6)), SLOW),
+        (edge("tp=8,dp=4", "tp=8,dp=4", samples=6), SLOW),
         # Hosts of three ranks: each lane lies differently on them.
-        (edge("tp=4,dp=4", "tp=4,dp=4"), Links(ranks_per_host=3)),
+        (edge("tp=8,dp=4", "tp=8,dp=4"), Links(ranks_per_host=3)),
         # The destination moves on by other steps than the source, and shares its first host with the source's last.
-        (edge("tp=8,dp=2", "ranks=8-15,tp=4,dp=2"), SLOW),
+        (edge("tp=16,dp=2", "ranks=16-31,tp=8,dp=2"), SLOW),
+        # Few enough to look at all.
+        (edge("tp=4,dp=4", "tp=4,dp=4"), SLOW),
     ],
 )
 def test_groups_that_differ_are_all_looked_at(case: Edge, links: Links) -> None:
