@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from busy import Usage, machine_usage, other_share, process_usage
+from busy import machine_usage, other_share, process_usage
 from records import KEYS, Record
 
 
@@ -39,6 +39,6 @@ class BusyMeter:
     def __init__(self) -> None:
         self._machine, self._process = machine_usage(), process_usage()
 
-    def share(self, ranks: Sequence[Usage] = ()) -> float:
-        """0 to 1; `ranks` is what other processes of the benchmark have used meanwhile."""
-        return other_share(machine_usage() - self._machine, [process_usage() - self._process, *ranks])
+    def share(self) -> float:
+        """0 to 1."""
+        return other_share(machine_usage() - self._machine, [process_usage() - self._process])

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from busy import Usage, process_usage
-from plan_records import BusyMeter, record
+from busy import Usage, machine_usage, other_share, process_usage
+from plan_records import record
 from released import on_gloo, require_released
 
 RANKS = 8
@@ -131,11 +131,16 @@ def measure(make: Callable[..., Callable[[], None]], case: tuple[dict[str, int],
     return result
 
 
-def on_rank(repeats: int) -> list[dict[str, Any]]:
-    """All cases, interleaved: the released class, then ours, again and again. One warm-up each."""
+def on_rank(repeats: int) -> tuple[list[dict[str, Any]], Usage, Usage]:
+    """All cases, interleaved: the released class, then ours, again and again. One warm-up each.
+
+    Returns what was measured, and the processor time of the machine and of this rank meanwhile.
+    """
     import mimo_ext.megatron
 
     results = []
+    dist.barrier()
+    machine, mine = machine_usage(), process_usage()
     with mimo_ext.megatron.cpu(), on_gloo(timedelta(seconds=DEADLINE_S)):
         for case in CASES:
             for name, makers in PAIRS.items():
@@ -144,7 +149,8 @@ def on_rank(repeats: int) -> list[dict[str, Any]]:
                         result = measure(make, case)
                         if repeat:
                             results.append({"case": case, "name": name, "method": method, **result})
-    return results
+    dist.barrier()
+    return results, machine_usage() - machine, process_usage() - mine
 
 
 def _rank_main(rank: int, folder: str, repeats: int, pipe: multiprocessing.connection.Connection) -> None:
@@ -159,7 +165,7 @@ def _rank_main(rank: int, folder: str, repeats: int, pipe: multiprocessing.conne
             timeout=timedelta(seconds=DEADLINE_S),
         )
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            pipe.send((True, (on_rank(repeats), process_usage())))
+            pipe.send((True, on_rank(repeats)))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
     pipe.close()
@@ -170,8 +176,8 @@ def _rank_main(rank: int, folder: str, repeats: int, pipe: multiprocessing.conne
     os._exit(0)
 
 
-def run_ranks(repeats: int) -> list[tuple[list[dict[str, Any]], Usage]]:
-    """What every rank measured, and the processor time that it used.
+def run_ranks(repeats: int) -> list[tuple[list[dict[str, Any]], Usage, Usage]]:
+    """What `on_rank` returned on every rank.
 
     Raises:
         RuntimeError: a rank failed or did not answer in time, with its traceback.
@@ -224,9 +230,8 @@ def setup(repeats: int) -> Iterator[dict[str, Any]]:
         ReleasedUnavailable: there is no Megatron-Core.
     """
     require_released()
-    meter = BusyMeter()
-    by_rank, usages = zip(*run_ranks(repeats), strict=True)
-    busy = meter.share(usages)
+    by_rank, machine, usages = zip(*run_ranks(repeats), strict=True)
+    busy = other_share(machine[0], usages)
     runs = [_together(items) for items in zip(*by_rank, strict=True)]
     for case in CASES:
         for name in PAIRS:
