@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import plan_setup  # noqa: E402
+import plan_setup
 
 
 def test_a_bridge_needs_one_process_group_and_no_more_threads_than_megatrons() -> None:

@@ -280,7 +280,7 @@ def test_it_runs_as_a_module_and_imports_matplotlib_for_pictures_only() -> None:
         "except SystemExit as error: status = error.code\n"
         "assert not {'matplotlib', 'megatron'} & set(sys.modules); sys.exit(status)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *FAN_IN], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-P", "-c", code, *FAN_IN], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("source       tp=4")
 
