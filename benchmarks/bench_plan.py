@@ -1,6 +1,7 @@
 """What planning costs, what large layouts put on their links, and what set-up takes.
 
-    python benchmarks/bench_plan.py [--quick] [--json FILE] [--tables docs/scale.md] [--only planning traffic set-up]
+    python benchmarks/bench_plan.py [--quick] [--json FILE] [--tables docs/scale.md]
+        [--measured RECORDS] [--only planning traffic set-up]
 
 * planning: seconds to plan one rank's messages of one microbatch, in worlds of 8 to 131,072 ranks. Measured, in this
   process (processor time).
@@ -24,9 +25,11 @@ from typing import Any
 
 from busy import BUSY_LIMIT
 from plan_cases import QUICK_REPEATS, QUICK_WORLDS, REPEATS, WORLDS, planning, traffic
+from plan_check import check_table
 from plan_records import write_json
 from plan_setup import setup
 from plan_tables import TABLES, tables, write_tables
+from records import read_json
 
 from mimo_ext.planning import Links
 
@@ -66,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tables", type=Path, metavar="FILE", help="write the tables between their marks in a page")
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help="default: all")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="records to read: nothing is measured")
+    parser.add_argument(
+        "--measured", type=Path, metavar="FILE", help="bench_bridge.py's records: --tables compares the model with them"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.source is not None:
@@ -78,7 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json is not None:
             write_json(records, options.json)
         if options.tables is not None:
-            write_tables(options.tables, records)
+            made = tables(records)
+            if options.measured is not None:
+                made["emulation"] = check_table(read_json(options.measured))
+            write_tables(options.tables, made)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         print(f"bench_plan: {error}", file=sys.stderr)
         return 1

@@ -23,14 +23,14 @@ def tables(records: Sequence[Record]) -> dict[str, str]:
     return {name: text for name, text in made.items() if text}
 
 
-def write_tables(file: Path, records: Sequence[Record]) -> None:
-    """Put the tables between their marks in a Markdown file.
+def write_tables(file: Path, made: dict[str, str]) -> None:
+    """Put tables (by name) between their marks in a Markdown file.
 
     Raises:
         ValueError: a mark is missing.
     """
     text = file.read_text()
-    for name, table in tables(records).items():
+    for name, table in made.items():
         mark = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end of table -->)", re.DOTALL)
         if not mark.search(text):
             raise ValueError(f"{file}: there is no place '<!-- table: {name} -->' ... '<!-- end of table -->'")

@@ -15,19 +15,24 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_plan  # noqa: E402
 import plan_cases  # noqa: E402
+import plan_check  # noqa: E402
 import plan_tables  # noqa: E402
-from records import KEYS  # noqa: E402
+from cases import Case, Side  # noqa: E402
+from records import KEYS, Record  # noqa: E402
+from records import write_json as write_records  # noqa: E402
 
 from mimo_ext.planning import Links  # noqa: E402
 
 COMMITTED = ROOT / "benchmarks" / "results" / "plan.json"
+MEASURED = ROOT / "benchmarks" / "results" / "bridge.json"  # bench_bridge.py's, where it is committed
 PAGE = ROOT / "docs" / "scale.md"
 
 
 def test_the_page_holds_what_the_committed_records_say(tmp_path: Path) -> None:
     copy = tmp_path / "scale.md"
     shutil.copy(PAGE, copy)
-    assert bench_plan.main(["--from", str(COMMITTED), "--tables", str(copy)]) == 0
+    measured = ["--measured", str(MEASURED)] if MEASURED.exists() else []
+    assert bench_plan.main(["--from", str(COMMITTED), "--tables", str(copy), *measured]) == 0
     assert copy.read_text() == PAGE.read_text()
     found = plan_tables.tables(json.loads(COMMITTED.read_text()))
     assert list(found) == list(plan_tables.TABLES)
@@ -92,6 +97,41 @@ def test_parts_that_are_not_measured_again_are_kept(tmp_path: Path, capsys: pyte
     assert [item["name"] for item in after] == [item["name"] for item in before]
     assert [item for item in after if item["name"] != "traffic"] == [i for i in before if i["name"] != "traffic"]
     assert "leader + broadcast" in capsys.readouterr().out
+
+
+def measured_record(name: str, layout: str, num_bytes: int, method: str) -> Record:
+    return Record(name, layout, num_bytes, method, 4.56, 4.5, 4.75, 0.9, 5, 0.125)
+
+
+def test_the_model_is_compared_with_what_was_measured(tmp_path: Path) -> None:
+    file, page = tmp_path / "bridge.json", tmp_path / "scale.md"
+    shutil.copy(PAGE, page)
+    cases = [("transfer", "tp4-tp4", 16 << 20, "replicated"), ("steady-1f1b", "tp4-tp4", 8 << 20, "sharded")]
+    write_records([measured_record(*case) for case in cases], file)
+    arguments = ["--from", str(COMMITTED), "--tables", str(page), "--measured", str(file)]
+    assert bench_plan.main(arguments) == 0
+    row = "| transfer `tp4-tp4`, 16 MiB, replicated | 4.56x (4.50 .. 4.75) | 4.86x | 12% |"
+    assert row in page.read_text()
+    assert "steady-1f1b" not in page.read_text()  # both directions at once are not modelled
+
+
+def test_the_model_of_the_emulated_cluster_by_hand() -> None:
+    # 16 MiB at 25 MB/s and 180 MB/s: the leader's card, then two steps of a tree; ours a quarter, then an eighth of
+    # the copies of three quarters.
+    size = 16 << 20
+    leader = size / 25e6 + 2 * size / 180e6
+    sides = Side(tp=4), Side(tp=4)
+    case = Case("transfer", *sides, size, ("replicated",))
+    ours = size / 4 / 25e6 + 3 * size / 4 / 180e6 / 8
+    shapes = (1 + 2 * 25 / 180) * 24 / 25e6
+    assert plan_check.modelled_ratio(case, "replicated") == pytest.approx((leader + shapes) / ours)
+    assert plan_check.modelled_ratio(case, "sharded") == pytest.approx((leader + shapes) / (size / 4 / 25e6))
+    # Inside one host nothing but the in-host links counts: transfers and copies share those of the receivers.
+    case = Case("one-host", *sides, size, ("replicated",))
+    assert plan_check.modelled_ratio(case, "replicated") == pytest.approx((3 * size + 3 * 24) / size)
+    # Modules of unequal size each have a host of their own.
+    edge, links = plan_check.edge_of(Case("transfer", Side(dp=2), Side(tp=4), size, ("replicated",)), "replicated")
+    assert [links.host_of(rank) for rank in (*edge.source.ranks, *edge.destination.ranks)] == [0, 0, 1, 1, 1, 1]
 
 
 def test_a_page_without_a_place_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
