@@ -263,6 +263,7 @@ class Bridge:
             ValueError: dtype, axes, device or rows that do not fit, before anything is sent.
             BridgeError: this rank is not on the source side, the bridge is closed, or an earlier operation failed.
         """
+        self._check_tensor(x, "send_forward")
         counts = None if row_counts is None else [int(count) for count in row_counts]
         with torch.profiler.record_function("mimo_ext::send_forward"):
             delivery = self._open.send_forward(x, counts, num_samples)
@@ -305,6 +306,8 @@ class Bridge:
 
         None says that there is none; with static shapes, zeros are sent in its place.
         """
+        if dy is not None:
+            self._check_tensor(dy, "send_backward")
         with torch.profiler.record_function("mimo_ext::send_backward"):
             delivery = self._open.send_backward(dy)
         return Handle(self._open, delivery, lambda _: None)
@@ -323,6 +326,12 @@ class Bridge:
         """The gradient of the oldest sent microbatch; errors as `recv_forward`."""
         with torch.profiler.record_function("mimo_ext::recv_backward.wait"):
             return self.irecv_backward().wait()
+
+    def _check_tensor(self, x: Any, operation: str) -> None:
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(
+                f"bridge '{self.name}', rank {self.rank}: {operation}: expected a tensor, got {type(x).__name__}"
+            )
 
     # End
 

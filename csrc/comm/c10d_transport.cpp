@@ -10,6 +10,11 @@ bool says_timeout(const std::string& what) {
   return what.find("imed out") != std::string::npos || what.find("imeout") != std::string::npos;
 }
 
+/// What happened, without the advice that gloo adds to it.
+std::string without_advice(const std::string& what) {
+  return what.substr(0, what.find(". This is typically caused by"));
+}
+
 class WorkRequest final : public Request {
  public:
   WorkRequest(c10::intrusive_ptr<c10d::Work> work, at::Tensor tensor)
@@ -23,7 +28,7 @@ class WorkRequest final : public Request {
       completed = work_->wait(limit);
     } catch (const std::exception& error) {
       const std::string what = error.what();
-      throw TransportError(what, says_timeout(what));
+      throw TransportError(without_advice(what), says_timeout(what));
     }
     if (!completed) throw TransportError("aborted", false);
   }

@@ -21,6 +21,16 @@ at::Tensor view_of(const at::Tensor& x, const core::Box& box) {
   return view;
 }
 
+/// "8 samples of [16, *, 64]": the batch axis is not part of a header.
+std::string text_of(const Header& header, int batch_dim) {
+  std::string text = std::to_string(header.samples) + " samples of [";
+  for (std::int64_t axis = 0; axis < header.ndim; ++axis) {
+    const std::int64_t extent = header.shape[static_cast<std::size_t>(axis)];
+    text += (axis > 0 ? ", " : "") + (axis == batch_dim ? std::string("*") : std::to_string(extent));
+  }
+  return text + "]";
+}
+
 at::IntArrayRef starts_of(const core::Box& box, const at::Tensor& x) {
   return {box.start.data(), static_cast<std::size_t>(x.dim())};
 }
@@ -301,9 +311,8 @@ core::Microbatch Channel::combine(const std::vector<Header>& headers) const {
   for (const Header& header : headers) {
     if (header.samples != first.samples || header.shape != first.shape) {
       throw std::invalid_argument("the lanes of module '" + sender_.module +
-                                  "' sent different microbatches: expected " + std::to_string(first.samples) +
-                                  " samples and width " + std::to_string(first.shape[1]) + ", got " +
-                                  std::to_string(header.samples) + " and " + std::to_string(header.shape[1]));
+                                  "' sent different microbatches: expected " + text_of(first, config_.batch_dim) +
+                                  ", got " + text_of(header, config_.batch_dim));
     }
     // Even rows may still differ from lane to lane: that is a ragged microbatch.
     ragged = ragged || header.num_rows > 0 || header.rows_per_sample != first.rows_per_sample;

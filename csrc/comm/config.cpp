@@ -59,9 +59,9 @@ class Describe {
       }
     }
     if (held != x.size(0)) {
-      bad("row_counts of " + std::to_string(counts.size()) + " samples sum to " + std::to_string(rows) +
-          " rows, expected " + std::to_string(held) + " of them here, got a tensor of " + std::to_string(x.size(0)) +
-          " rows");
+      bad("row_counts of " + std::to_string(counts.size()) + " samples sum to " + std::to_string(rows) + " rows" +
+          (held == rows ? "" : ", " + std::to_string(held) + " of them in this rank's shard") + ", got a tensor of " +
+          std::to_string(x.size(0)) + " rows");
     }
     set_samples(static_cast<std::int64_t>(counts.size()), num_samples, "row_counts");
     microbatch_.shape = {1, x.size(1), 1};

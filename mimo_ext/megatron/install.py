@@ -91,6 +91,9 @@ class Installation:
     def __exit__(self, *_: object) -> None:
         uninstall()
 
+    def __repr__(self) -> str:
+        return f"<Installation: {len(self.replaced)} names replaced; print it for the list>"
+
     def __str__(self) -> str:
         def block(title: str, lines: Iterable[Any]) -> list[str]:
             return [title, *(f"  {line}" for line in lines)]
@@ -102,6 +105,9 @@ class Installation:
         return "\n".join(lines)
 
     def _is_skipped(self, module_name: str) -> bool:
+        # An interactive Python keeps the last result in builtins._ and sets it at will.
+        if module_name == "builtins":
+            return True
         return any(module_name == name or module_name.startswith(name + ".") for name in ("mimo_ext", *self.exclude))
 
     # --- called with the lock held
@@ -257,7 +263,7 @@ def _import_ours() -> None:
     except ImportError as error:
         raise ImportError(
             f"mimo_ext.megatron.install() replaces Megatron's classes, and megatron-core cannot be imported ({error}). "
-            "Install it: pip install --no-deps megatron-core==0.19.2"
+            "Install it: pip install --no-deps --ignore-requires-python megatron-core==0.19.2, and packaging and triton"
         ) from error
     stand_ins = importlib.import_module(f"{_PACKAGE}._stand_ins")
     for home in stand_ins.HOMES:

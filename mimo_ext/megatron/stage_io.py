@@ -183,7 +183,8 @@ class StageIO:
             raise RuntimeError(
                 f"{self._where(key)}: expected a send over this bridge before a receive from it, got the "
                 "receive first: the rank is on both sides and would wait for itself. Modules on the same ranks "
-                "exchange tensors inside the model (mimo_ext.bridge), not through the pipeline schedule"
+                "exchange tensors inside the model: make no communicator for them and train with "
+                "forward_backward_no_pipelining (MimoModel builds the bridges, see its build_bridges)"
             )
         self._ahead[id(bridge)][direction] -= 1
 

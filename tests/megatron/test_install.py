@@ -380,7 +380,7 @@ def test_threads_can_install_at_the_same_time(program):
 
 def test_without_megatron_core_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "megatron.core", None)
-    with pytest.raises(ImportError, match=r"megatron-core cannot be imported.*pip install --no-deps megatron-core"):
+    with pytest.raises(ImportError, match=r"megatron-core cannot be imported.*pip install --no-deps --ignore"):
         mimo_ext.megatron.install()
 
 
