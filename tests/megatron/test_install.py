@@ -203,7 +203,7 @@ def test_rank_roles_of_both_generations(as_rank):
         assert core_role.RankRole.from_grid_map(grids, ["images"]) == expected
         assert core_role.RankRole.build(["images"], grids) == expected
         assert core_role.RankRole.build([], {"language": grids["language"]}) == expected
-        with pytest.raises(ValueError, match=r"missing \['audio'\], extra \['images'\]"):
+        with pytest.raises(ValueError, match=r"Missing: \['audio'\], extra: \['images'\]"):
             core_role.RankRole.from_grid_map(grids, ["audio"])
         assert issubclass(layout, Enum)
         assert [member.name for member in layout] == ["COLOCATED", "NON_COLOCATED"]
