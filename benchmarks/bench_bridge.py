@@ -30,7 +30,8 @@ from released import ReleasedUnavailable, require_released
 
 SKIPPED = 77  # the exit status of a test that could not be run
 BUSY = 75  # try again later
-ATTEMPTS = 3  # per case, while other work is busy
+ATTEMPTS = 4  # per case, while other work is busy
+PAUSE_S = 10.0
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -146,7 +147,9 @@ def measure(pool: RankPool, case: Case, repeats: int, ignore_busy: bool) -> list
     """One case; again, where other work was busy."""
     import transfers
 
-    for _ in range(ATTEMPTS):
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(PAUSE_S * attempt)  # what disturbs may end soon
         machine, mine = machine_usage(), process_usage()
         times = pool.call(transfers.run_case, case, repeats, timeout=_patience_s(case, repeats))
         ours: list[Usage] = [process_usage() - mine, *(rank.usage for rank in times)]

@@ -334,11 +334,13 @@ def test_a_disturbed_case_is_measured_again_or_marked(
     monkeypatch: pytest.MonkeyPatch, shares: list[float], ignore: bool, attempts: int
 ) -> None:
     left = list(shares)
+    paused: list[float] = []
+    monkeypatch.setattr(bench_bridge.time, "sleep", paused.append)
     monkeypatch.setattr(bench_bridge, "other_share", lambda machine, ours: left.pop(0))
     pool = Pool()
     case = Case("transfer", Side(1), Side(1), MIB, ("replicated",))
     (found,) = bench_bridge.measure(pool, case, 3, ignore)
-    assert pool.calls == attempts
+    assert (pool.calls, len(paused)) == (attempts, attempts - 1)
     assert found.record.busy == shares[-1]
     # From the first rank's begin to the last rank's end: 0 .. 5 and 0.5 .. 2.5.
     assert (found.released_s, found.method_s, found.record.ratio_median) == (5.0, 2.0, 2.5)
@@ -348,6 +350,7 @@ def test_a_machine_that_stays_busy_is_not_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(bench_bridge, "other_share", lambda machine, ours: 0.4)
+    monkeypatch.setattr(bench_bridge.time, "sleep", lambda seconds: None)
     pool = Pool()
 
     def run(cases: list[Case], repeats: int, ignore_busy: bool) -> list[Measurement]:
