@@ -79,8 +79,8 @@ def groups_of(grid: HyperCommGrid) -> ProcessGroupCollection:
     return groups
 
 
-def build_model(grids: dict[str, HyperCommGrid], pp: int) -> MimoModel:
-    config = TransformerConfig(
+def make_config(pp: int = 1) -> TransformerConfig:
+    return TransformerConfig(
         num_layers=2,
         hidden_size=HIDDEN,
         num_attention_heads=2,
@@ -93,13 +93,21 @@ def build_model(grids: dict[str, HyperCommGrid], pp: int) -> MimoModel:
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
     )
-    language = {
+
+
+def language_params(config: TransformerConfig) -> dict:
+    return {
         "config": config,
         "transformer_layer_spec": get_gpt_layer_local_spec(),
         "vocab_size": VOCAB,
         "max_sequence_length": SEQ,
         "position_embedding_type": "learned_absolute",
     }
+
+
+def build_model(grids: dict[str, HyperCommGrid], pp: int) -> MimoModel:
+    config = make_config(pp)
+    language = language_params(config)
     if grids[LANGUAGE].is_current_rank_in_grid():
         groups = groups_of(grids[LANGUAGE])
         language["pg_collection"] = groups

@@ -10,16 +10,16 @@ import torch
 import torch.distributed as dist
 from install_program import (
     ENCODER,
-    HIDDEN,
     IMAGE_TOKEN,
     IMAGES,
     LANGUAGE,
     MICROBATCHES,
     SEQ,
-    VOCAB,
     RowEncoder,
     fill,
     forward_step,
+    language_params,
+    make_config,
     microbatch,
     sizes,
 )
@@ -39,14 +39,12 @@ from megatron.bridge.training.megatron_mimo_parallel_utils import (
 )
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.mimo.optimizer import get_mimo_optimizer
 from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.pipeline_parallel.multimodule_communicator import MultiModulePipelineCommunicator
 from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 
 
@@ -60,31 +58,13 @@ def module_sizes(dims: dict[str, int], rank_offset: int) -> ModuleParallelismCon
 
 
 def make_provider(encoder: dict[str, int], language: dict[str, int]) -> MegatronMIMOProvider:
-    config = TransformerConfig(
-        num_layers=2,
-        hidden_size=HIDDEN,
-        num_attention_heads=2,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
-        use_cpu_initialization=True,
-        calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
-    )
-    language_params = {
-        "config": config,
-        "transformer_layer_spec": get_gpt_layer_local_spec(),
-        "vocab_size": VOCAB,
-        "max_sequence_length": SEQ,
-        "position_embedding_type": "learned_absolute",
-    }
+    config = make_config()
     encoders = {ENCODER: ModuleSpec(module=RowEncoder, params={"config": config})}
     images = ModuleSpec(module=VisionModalitySubmodules, params={}, submodules={"encoders": encoders})
     modules = {IMAGES: module_sizes(encoder, 0)}
     modules[LANGUAGE] = module_sizes(language, modules[IMAGES].total_ranks)
     return MegatronMIMOProvider(
-        language_model_spec=ModuleSpec(module=GPTModel, params=language_params),
+        language_model_spec=ModuleSpec(module=GPTModel, params=language_params(config)),
         modality_submodules_spec={IMAGES: images},
         special_token_ids={IMAGES: IMAGE_TOKEN},
         megatron_mimo_parallelism_config=MegatronMIMOParallelismConfig(modules),

@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from vlm_digits.check import LAYOUTS, STEPS, TOLERANCE, check_layouts, compare, record_reference
+from vlm_digits.check import LAYOUTS, STEPS, TOLERANCE, Comparison, check_layouts, compare, record_reference
 
 SEED = 3
 
@@ -23,16 +23,19 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_and_gradients_equal_one_process(layout: str, reference: Path) -> None:
-    found = compare(layout, reference, SEED, STEPS)
-    assert len(found.losses) == STEPS
+def assert_equals_one_process(found: Comparison, reference: Path, steps: int) -> None:
+    assert len(found.losses) == steps
     assert found.losses[-1] < found.losses[0]
     assert found.loss_error <= TOLERANCE
     assert found.first_layer_error <= TOLERANCE
     assert found.worst_gradient[1] <= TOLERANCE, found.worst_gradient
     everything = torch.load(reference / "reference.pt")["gradients"][0]
     assert set(found.gradient_errors) == set(everything)  # no parameter of either module was left out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_and_gradients_equal_one_process(layout: str, reference: Path) -> None:
+    assert_equals_one_process(compare(layout, reference, SEED, STEPS), reference, STEPS)
 
 
 def forbid_upstream() -> None:
