@@ -26,6 +26,8 @@ except ImportError:
 
 SOURCES = [
     "csrc/core/layout.cpp",
+    "csrc/core/microbatch.cpp",
+    "csrc/core/pieces.cpp",
     "csrc/core/plan.cpp",
     "csrc/core/plan_text.cpp",
     "csrc/core/stages.cpp",

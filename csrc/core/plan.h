@@ -17,61 +17,10 @@
 #include <vector>
 
 #include "core/layout.h"
+#include "core/microbatch.h"
+#include "core/pieces.h"
 
 namespace mimo_ext::core {
-
-inline constexpr int kMaxDims = 3;
-inline constexpr std::int64_t kUnknownRows = -1;
-
-/// A rectangular range of a tensor of two or three axes; a 2-D box has start 0 and size 1 on axis 2.
-struct Box {
-  std::array<std::int64_t, kMaxDims> start{};
-  std::array<std::int64_t, kMaxDims> size{1, 1, 1};
-
-  std::int64_t volume() const { return size[0] * size[1] * size[2]; }
-  bool operator==(const Box&) const = default;
-};
-
-/// The intersection of two boxes; volume 0 where they do not meet.
-Box intersect(const Box& a, const Box& b);
-
-/// Cut `box` into `parts` boxes that differ by at most one unit along one axis. Outer axes are cut first, as far as
-/// they yield equal (or, where there are many units, nearly equal) pieces, so that a part is contiguous where possible:
-/// two samples over four parts are half a sample each.
-std::vector<Box> cut(const Box& box, int parts);
-
-/// The global microbatch, all lanes together, as far as it is known here.
-///
-/// 3-D tensors: samples lie along batch_dim, one index each; shape holds the extents of the other two axes
-/// (shape[batch_dim] is ignored). 2-D tensors [rows, h]: batch_dim == seq_dim == 0, sample s has rows[s] rows
-/// (kUnknownRows where this process does not know), or rows_per_sample each where `rows` is empty.
-struct Microbatch {
-  int ndim = 2;
-  int batch_dim = 0;
-  int seq_dim = 0;
-  std::int64_t samples = 0;
-  std::array<std::int64_t, kMaxDims> shape{1, 1, 1};
-  std::int64_t rows_per_sample = 1;
-  std::vector<std::int64_t> rows;
-  int element_size = 1;  ///< bytes
-
-  bool ragged() const { return !rows.empty(); }
-  /// First sample of lane `lane` of `lanes`: floor(lane * samples / lanes).
-  std::int64_t lane_begin(int lane, int lanes) const { return samples * lane / lanes; }
-  /// Extent of samples [first, last) along the batch axis. Throws std::invalid_argument where it needs an unknown row
-  /// count.
-  std::int64_t extent(std::int64_t first, std::int64_t last) const;
-
-  bool operator==(const Microbatch&) const = default;
-};
-
-/// Into how many chunks the part of a receiver is cut that it forwards to its replicas. Must be equal on all ranks.
-struct Chunking {
-  int max_chunks = 8;                               ///< more did not help in measurements; 1: no chunks
-  std::int64_t min_bytes = std::int64_t{64} << 10;  ///< of a chunk: below, the number of messages decides
-
-  bool operator==(const Chunking&) const = default;
-};
 
 enum class Direction : std::uint8_t { kForward, kBackward };
 

@@ -1,0 +1,109 @@
+#include "core/microbatch.h"
+
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+
+namespace mimo_ext::core {
+
+Box intersect(const Box& a, const Box& b) {
+  Box both;
+  for (std::size_t axis = 0; axis < kMaxDims; ++axis) {
+    const std::int64_t from = std::max(a.start[axis], b.start[axis]);
+    const std::int64_t to = std::min(a.start[axis] + a.size[axis], b.start[axis] + b.size[axis]);
+    both.start[axis] = from;
+    both.size[axis] = std::max<std::int64_t>(0, to - from);
+  }
+  return both;
+}
+
+std::vector<Box> cut(const Box& box, int parts) {
+  constexpr std::int64_t kEvenEnough = 8;  // parts of at least this many units differ by at most one in eight
+  std::vector<Box> boxes{box};
+  const auto split = [&boxes](std::size_t axis, int pieces) {
+    std::vector<Box> finer;
+    finer.reserve(boxes.size() * static_cast<std::size_t>(pieces));
+    for (const Box& whole : boxes) {
+      for (int piece = 0; piece < pieces; ++piece) {
+        const std::int64_t from = whole.size[axis] * piece / pieces;
+        Box& part = finer.emplace_back(whole);
+        part.start[axis] += from;
+        part.size[axis] = whole.size[axis] * (piece + 1) / pieces - from;
+      }
+    }
+    boxes = std::move(finer);
+  };
+  std::int64_t left = parts;
+  for (std::size_t axis = 0; axis < kMaxDims && left > 1; ++axis) {
+    const std::int64_t size = box.size[axis];
+    const std::int64_t pieces = size >= kEvenEnough * left ? left : std::gcd(size, left);
+    split(axis, static_cast<int>(pieces));
+    left /= pieces;
+  }
+  if (left > 1) {
+    const auto& size = boxes.front().size;
+    split(static_cast<std::size_t>(std::max_element(size.begin(), size.end()) - size.begin()), static_cast<int>(left));
+  }
+  return boxes;
+}
+
+std::int64_t Microbatch::extent(std::int64_t first, std::int64_t last) const {
+  if (ndim == 3) return last - first;
+  if (!ragged()) return (last - first) * rows_per_sample;
+  std::int64_t total = 0;
+  for (std::int64_t sample = first; sample < last; ++sample) {
+    const std::int64_t count = rows[static_cast<std::size_t>(sample)];
+    if (count == kUnknownRows) {
+      throw std::invalid_argument("the number of rows of sample " + std::to_string(sample) + " is not known here");
+    }
+    total += count;
+  }
+  return total;
+}
+
+Microbatch Microbatch::normalized() const {
+  Microbatch microbatch = *this;
+  if (batch_dim >= 0 && batch_dim < kMaxDims) microbatch.shape[static_cast<std::size_t>(batch_dim)] = 1;
+  if (ragged() || ndim == 3) microbatch.rows_per_sample = 1;
+  return microbatch;
+}
+
+void Microbatch::check() const {
+  const auto bad = [](const std::string& what) { throw std::invalid_argument("microbatch: " + what); };
+  if (ndim != 2 && ndim != 3) bad("expected 2 or 3 axes, got " + std::to_string(ndim));
+  if (samples < 0) bad("expected samples >= 0, got " + std::to_string(samples));
+  for (int axis : {batch_dim, seq_dim}) {
+    if (axis < 0 || axis >= ndim) bad("axis " + std::to_string(axis) + " of a tensor of " + std::to_string(ndim));
+  }
+  if (ndim == 2 && (batch_dim != 0 || seq_dim != 0)) bad("2-D tensors are [rows, h]: batch_dim and seq_dim must be 0");
+  if (ndim == 3 && batch_dim == seq_dim) bad("batch_dim and seq_dim are both " + std::to_string(seq_dim));
+  if (ndim == 2 && shape[2] != 1) bad("axis 2 of a 2-D tensor must have extent 1");
+  for (int axis = 0; axis < ndim; ++axis) {
+    const std::int64_t extent = shape[static_cast<std::size_t>(axis)];
+    if (axis != batch_dim && extent < 0)
+      bad("extent of axis " + std::to_string(axis) + " is " + std::to_string(extent));
+  }
+  if (ragged()) {
+    if (ndim != 2) bad("row counts are for 2-D tensors, got " + std::to_string(ndim) + " axes");
+    if (static_cast<std::int64_t>(rows.size()) != samples) {
+      bad("expected " + std::to_string(samples) + " row counts, got " + std::to_string(rows.size()));
+    }
+    for (std::int64_t count : rows) {
+      if (count < kUnknownRows) bad("a sample has " + std::to_string(count) + " rows");
+    }
+  } else if (rows_per_sample < 0) {
+    bad("rows_per_sample is " + std::to_string(rows_per_sample));
+  }
+}
+
+std::optional<std::int64_t> extent_if_known(const Microbatch& microbatch, std::int64_t first, std::int64_t last) {
+  if (microbatch.ragged()) {
+    for (std::int64_t sample = first; sample < last; ++sample) {
+      if (microbatch.rows[static_cast<std::size_t>(sample)] == kUnknownRows) return std::nullopt;
+    }
+  }
+  return microbatch.extent(first, last);
+}
+
+}  // namespace mimo_ext::core
