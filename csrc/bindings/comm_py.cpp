@@ -28,7 +28,8 @@ std::shared_ptr<Communicator> make_communicator(
     std::string name, const core::Boundary& source, const core::Boundary& destination, int ndim, int batch_dim,
     int seq_dim, const py::object& dtype, std::optional<core::Microbatch> fixed, std::chrono::milliseconds timeout,
     int max_in_flight, std::uint64_t hash, int rank, c10::intrusive_ptr<c10d::ProcessGroup> group,
-    const std::vector<int>& group_ranks, bool unpaired_backward, int max_chunks, std::int64_t min_chunk_bytes) {
+    const std::vector<int>& group_ranks, bool unpaired_backward, int max_chunks, std::int64_t min_chunk_bytes,
+    c10::intrusive_ptr<c10d::ProcessGroup> backward_group, int tag_offset) {
   if (!THPDtype_Check(dtype.ptr())) throw py::type_error("dtype: expected a torch.dtype");
   BridgeConfig config{std::move(name),
                       source,
@@ -42,10 +43,14 @@ std::shared_ptr<Communicator> make_communicator(
                       max_in_flight,
                       {max_chunks, min_chunk_bytes},
                       unpaired_backward,
+                      tag_offset,
                       hash};
-  std::unique_ptr<comm::Transport> transport;
-  if (group) transport = std::make_unique<comm::C10dTransport>(std::move(group), group_ranks);
-  auto communicator = std::make_shared<Communicator>(std::move(config), std::move(transport), rank);
+  const auto transport = [&group_ranks](c10::intrusive_ptr<c10d::ProcessGroup> over) {
+    return over ? std::make_unique<comm::C10dTransport>(std::move(over), group_ranks) : nullptr;
+  };
+  auto forward = transport(std::move(group));
+  auto backward = transport(std::move(backward_group));
+  auto communicator = std::make_shared<Communicator>(std::move(config), std::move(forward), std::move(backward), rank);
   communicator->set_interrupt_check(check_signals);
   return communicator;
 }
@@ -73,7 +78,8 @@ void register_comm(py::module_& m) {
            py::arg("ndim"), py::arg("batch_dim"), py::arg("seq_dim"), py::arg("dtype"), py::arg("fixed"),
            py::arg("timeout"), py::arg("max_in_flight"), py::arg("hash"), py::arg("rank"), py::arg("group"),
            py::arg("group_ranks"), py::arg("unpaired_backward") = false,
-           py::arg("max_chunks") = core::Chunking{}.max_chunks, py::arg("min_chunk_bytes") = core::Chunking{}.min_bytes)
+           py::arg("max_chunks") = core::Chunking{}.max_chunks, py::arg("min_chunk_bytes") = core::Chunking{}.min_bytes,
+           py::arg("backward_group") = nullptr, py::arg("tag_offset") = 0)
       .def_property_readonly("is_source", &Communicator::is_source)
       .def_property_readonly("is_destination", &Communicator::is_destination)
       .def_property_readonly("closed", &Communicator::closed)

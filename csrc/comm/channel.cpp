@@ -86,7 +86,7 @@ const char* Channel::recv_name() const {
 }
 
 int Channel::tag(int kind) const {
-  return (direction_ == core::Direction::kForward ? 0 : kNumTags) + kind;
+  return config_.tag_offset + (direction_ == core::Direction::kForward ? 0 : kNumTags) + kind;
 }
 
 std::string Channel::where(const char* operation, std::int64_t sequence) const {

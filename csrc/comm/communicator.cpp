@@ -21,11 +21,16 @@ std::string text_of(at::IntArrayRef shape) {
 
 }  // namespace
 
-Communicator::Communicator(BridgeConfig config, std::unique_ptr<Transport> transport, int rank)
-    : config_(std::move(config)), rank_(rank), transport_(std::move(transport)) {
-  if (!transport_) return;
-  forward_ = std::make_unique<Channel>(config_, *transport_, failure_, core::Direction::kForward);
-  backward_ = std::make_unique<Channel>(config_, *transport_, failure_, core::Direction::kBackward);
+Communicator::Communicator(BridgeConfig config, std::unique_ptr<Transport> forward, std::unique_ptr<Transport> backward,
+                           int rank)
+    : config_(std::move(config)),
+      rank_(rank),
+      forward_transport_(std::move(forward)),
+      backward_transport_(std::move(backward)) {
+  if (!forward_transport_) return;
+  Transport& back = backward_transport_ ? *backward_transport_ : *forward_transport_;
+  forward_ = std::make_unique<Channel>(config_, *forward_transport_, failure_, core::Direction::kForward);
+  backward_ = std::make_unique<Channel>(config_, back, failure_, core::Direction::kBackward);
 }
 
 Communicator::~Communicator() {
@@ -41,7 +46,8 @@ void Communicator::close(bool abort) {
   backward_->close();
   forward_.reset();
   backward_.reset();
-  transport_.reset();
+  forward_transport_.reset();
+  backward_transport_.reset();
 }
 
 void Communicator::leave() {

@@ -24,8 +24,9 @@ namespace mimo_ext::comm {
 /// n-th gradient may also travel before the n-th of these microbatches, or without it; its rows are then split evenly.
 class Communicator : public std::enable_shared_from_this<Communicator> {
  public:
-  /// `transport` is null on a rank that is on neither side; every operation then throws.
-  Communicator(BridgeConfig config, std::unique_ptr<Transport> transport, int rank);
+  /// `forward` carries what belongs to the forward direction. Where `backward` is null it carries both. Null on a rank
+  /// that is on neither side; every operation then throws.
+  Communicator(BridgeConfig config, std::unique_ptr<Transport> forward, std::unique_ptr<Transport> backward, int rank);
   ~Communicator();
 
   bool is_source() const { return forward_ && forward_->is_sender(); }
@@ -73,7 +74,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
 
   const BridgeConfig config_;
   const int rank_;
-  std::unique_ptr<Transport> transport_;
+  std::unique_ptr<Transport> forward_transport_;
+  std::unique_ptr<Transport> backward_transport_;  ///< null: the same as forward
   Failure failure_;
   std::unique_ptr<Channel> forward_;
   std::unique_ptr<Channel> backward_;

@@ -26,6 +26,7 @@ struct BridgeConfig {
   int max_in_flight = 32;  ///< microbatches sent and not yet received, per direction; a further send waits
   core::Chunking chunking;
   bool unpaired_backward = false;  ///< gradients may travel before (or without) the forward microbatch they belong to
+  int tag_offset = 0;              ///< first of the 16 tags of this bridge in its process groups
   std::uint64_t hash = 0;          ///< of all of the above that must be equal on every rank
 
   core::Plan plan(const core::Microbatch& microbatch, core::Direction direction) const {
