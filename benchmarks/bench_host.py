@@ -186,7 +186,8 @@ def _ours(stack: contextlib.ExitStack, case: Case, method: str, rank: int) -> Ca
     import torch.distributed as dist
     import transfers
 
-    module = importlib.import_module("mimo_ext.bridge")  # the package's attribute of that name is a function
+    # By name: the package's attribute `bridge` is a function.
+    modules = [vars(importlib.import_module(f"mimo_ext.{name}")) for name in ("bridge", "_agreement")]
 
     def new_group(ranks: Any = None, **options: Any) -> Any:
         return dist.new_group(ranks, **{**options, "backend": "fake"})
@@ -195,12 +196,14 @@ def _ours(stack: contextlib.ExitStack, case: Case, method: str, rank: int) -> Ca
         for output in outputs:
             output.copy_(tensor)
 
-    before = vars(module)["dist"]
-    vars(module)["dist"] = copy_of(dist, new_group=new_group, all_gather=all_gather)
+    copy = copy_of(dist, new_group=new_group, all_gather=all_gather)
+    for module in modules:
+        module["dist"] = copy
     try:
         ops = stack.enter_context(transfers.ours(case, method))
     finally:
-        vars(module)["dist"] = before
+        for module in modules:
+            module["dist"] = dist
     return _step(ops, transfers.data_of(case, rank, method.startswith(SHARDED)).sends, rank < case.source.size)
 
 

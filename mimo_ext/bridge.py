@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 import math
-import multiprocessing
-import multiprocessing.util
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -17,13 +12,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ._agreement import agree as _agree
+from ._agreement import refuse_bridge, require_cpu_backend
+from ._arguments import axes_of
 from ._extension import _C
+from ._leftovers import finish_leftovers_at_exit
 from .layout import Layout, Plan
 
 BridgeError = _C.BridgeError
 BridgeTimeoutError = _C.BridgeTimeoutError
 
-_AGREEMENT_BYTES = 2048
+__all__ = ["Bridge", "BridgeError", "BridgeTimeoutError", "Handle", "bridge", "refuse_bridge"]
 
 
 class Handle:
@@ -110,7 +109,7 @@ class Bridge:
         self._group: dist.ProcessGroup | None = None
         if not dist.is_initialized():
             raise RuntimeError(f"bridge '{self.name}': torch.distributed is not initialized")
-        _require_cpu_backend(self.name, dist.group.WORLD if group is None else group)
+        require_cpu_backend(self.name, dist.group.WORLD if group is None else group)
         self.rank = dist.get_rank()
         try:
             if torch.device(device).type != "cpu":
@@ -118,7 +117,7 @@ class Bridge:
                     f"bridge '{self.name}': device {str(device)!r} is not supported yet; "
                     "tensors must be on the CPU (gloo)"
                 )
-            self.batch_dim, self.seq_dim = _axes(self.name, ndim, batch_dim, seq_dim)
+            self.batch_dim, self.seq_dim = axes_of(self.name, ndim, batch_dim, seq_dim)
             if max_in_flight < 1:
                 raise ValueError(f"bridge '{self.name}': max_in_flight must be positive, got {max_in_flight}")
             if timeout <= timedelta(0):
@@ -180,7 +179,7 @@ class Bridge:
             min_chunk_bytes=min_chunk_bytes,
         )
         # Where close() was forgotten: what has been sent still arrives, and no thread outlives the interpreter.
-        _finish_leftovers_at_exit()
+        finish_leftovers_at_exit()
         self._finalizer = weakref.finalize(self, self._communicator.leave)
 
     # Construction
@@ -359,84 +358,6 @@ class Bridge:
 
     def __repr__(self) -> str:
         return f"Bridge({self.name}: {self._source} | {self._destination}; ndim={self.ndim}, {self.dtype})"
-
-
-def _require_cpu_backend(name: str, group: Any) -> None:
-    """The ranks agree over CPU tensors before the bridge makes its own group."""
-    try:
-        group._get_backend(torch.device("cpu"))
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"bridge '{name}': expected a process group that takes CPU tensors, got one without ({error}); "
-            'use init_process_group("cpu:gloo,cuda:nccl")'
-        ) from error
-
-
-@functools.cache
-def _finish_leftovers_at_exit() -> None:
-    # Once, and before the finalizer of the first bridge: at exit they run in reverse order of their creation.
-    weakref.finalize(Bridge, _finish_leftovers)
-    if multiprocessing.parent_process() is not None:
-        # A forked process ends without these.
-        multiprocessing.util.Finalize(None, _finish_leftovers, exitpriority=0)
-
-
-def _finish_leftovers() -> None:
-    # After an error that ended the program nobody may be there to receive.
-    failed = getattr(sys, "last_value", None) is not None or sys.exc_info()[0] is not None
-    _C.finish_leftovers(abort=failed)
-
-
-def refuse_bridge(name: str, error: Exception, group: dist.ProcessGroup | None = None) -> None:
-    """Collective: what a rank calls in place of the constructor of `Bridge` that the others are in.
-
-    Their constructors raise ValueError with the text of `error`; this rank raises its own error after the call.
-    """
-    with contextlib.suppress(ValueError):
-        _agree(name, group, f"refused: {error}", 0)
-
-
-def _agree(name: str, group: dist.ProcessGroup | None, text: str, layouts: int) -> int:
-    """Hash of everything that must be equal on all ranks, after comparing it with theirs."""
-    exact = f"{text}#{layouts}#{_C.TORCH_VERSION}"
-    digest = int.from_bytes(hashlib.sha256(exact.encode()).digest()[:8], "little") >> 1
-    count = dist.get_world_size(group)
-    mine = torch.tensor([digest], dtype=torch.int64)
-    digests = [torch.empty_like(mine) for _ in range(count)]
-    dist.all_gather(digests, mine, group=group)
-    if all(int(other) == digest for other in digests):
-        return digest
-    line = torch.zeros(_AGREEMENT_BYTES, dtype=torch.uint8)
-    data = text.encode()[:_AGREEMENT_BYTES]
-    line[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    lines = [torch.empty_like(line) for _ in range(count)]
-    dist.all_gather(lines, line, group=group)
-    texts = [bytes(other.numpy()).rstrip(b"\0").decode(errors="replace") for other in lines]
-    # All ranks name the same two: the first rank, and the first that differs from it.
-    other = next(index for index in range(count) if int(digests[index]) != int(digests[0]))
-    ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
-    raise ValueError(
-        f"bridge '{name}', rank {dist.get_rank()}: the ranks describe different bridges: "
-        f"expected (rank {ranks[0]}) {texts[0]!r}, got (rank {ranks[other]}) {texts[other]!r}"
-    )
-
-
-def _axes(name: str, ndim: int, batch_dim: int, seq_dim: int | None) -> tuple[int, int]:
-    if ndim not in (2, 3):
-        raise ValueError(f"bridge '{name}': ndim: expected 2 or 3, got {ndim}")
-    if ndim == 2:
-        if batch_dim != 0 or seq_dim not in (None, 0):
-            raise ValueError(
-                f"bridge '{name}': 2-D tensors are [rows, h]: expected batch_dim=0, got {batch_dim}, {seq_dim}"
-            )
-        return 0, 0
-    if seq_dim is None:
-        seq_dim = 1 if batch_dim == 0 else 0
-    if not 0 <= batch_dim < 3 or not 0 <= seq_dim < 3 or batch_dim == seq_dim:
-        raise ValueError(
-            f"bridge '{name}': expected two axes of a 3-D tensor, got batch_dim={batch_dim}, seq_dim={seq_dim}"
-        )
-    return batch_dim, seq_dim
 
 
 class _BridgeFunction(torch.autograd.Function):

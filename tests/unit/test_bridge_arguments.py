@@ -4,7 +4,7 @@ import pytest
 import torch.distributed as dist
 
 import mimo_ext
-from mimo_ext.bridge import _require_cpu_backend
+from mimo_ext._agreement import require_cpu_backend
 
 
 def test_needs_torch_distributed():
@@ -19,4 +19,4 @@ def test_a_group_without_cpu_tensors_is_refused():
             raise RuntimeError(f"No backend type associated with device type {device}")
 
     with pytest.raises(RuntimeError, match=r"expected a process group that takes CPU tensors.*cpu:gloo,cuda:nccl"):
-        _require_cpu_backend("images -> language", NcclOnly())
+        require_cpu_backend("images -> language", NcclOnly())
