@@ -26,6 +26,7 @@ _HOME = {
     "MegatronMIMOProvider": "provider",
     "MimoModelInfra": "provider",
     "MimoModelProvider": "provider",
+    "overlapped": "overlap",
     "uninstall": "install",
 }
 _MODULES = (
@@ -37,6 +38,7 @@ _MODULES = (
     "ddp",
     "install",
     "model",
+    "overlap",
     "parallel_utils",
     "provider",
     "role",

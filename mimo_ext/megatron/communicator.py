@@ -12,6 +12,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -28,6 +29,7 @@ from mimo_ext import Bridge, Layout
 from mimo_ext.megatron.adapters import _prepare_tensor_for_comm, _restore_tensor_from_comm
 from mimo_ext.megatron.bridge_communicator import BridgeCommunicator, default_device
 from mimo_ext.megatron.hop import Shape, StageCommunicator
+from mimo_ext.megatron.overlap import Receives, overlapping
 from mimo_ext.megatron.stage_io import Input, Output, StageIO
 from mimo_ext.megatron.topology import (
     DEFAULT_DIM_MAPPING,
@@ -129,6 +131,7 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
         self._hops: dict[tuple[str, int], Bridge] = {}  # (module, stage) -> bridge from that stage to the next
         self._row_counts: Mapping[str, deque[list[int]]] | None = None
         self._bridges: list[BridgeCommunicator | Bridge] = []  # all, in the order of their construction
+        self._links: tuple[list[Receives], list[Receives]] = [], []  # of activations, of gradients
         self._closed = False
 
         refusal: Exception | None = None
@@ -257,6 +260,7 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
                 outputs.append(Output(name, [following], is_hop=True, ndim=None))
         own = [edge.bridge for edge in self.bridge_comms if edge.meets_itself]
         self._io = StageIO(self.current_rank, self._dtype, self.device, inputs, outputs, own)
+        self._links = self._io.links
 
     def bind(self, model: torch.nn.Module) -> MultiModulePipelineCommunicator:
         """Take the rows of each sample from `model.row_counts[module]`, queues that the model fills once per forward.
@@ -440,24 +444,59 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
         with self._operation("send_backward"):
             self._io.send_backward(grad_dict)
 
+    # -- transfers while the ranks compute -------------------------------------------------------------------------
+
+    def overlap(
+        self, num_microbatches: int, *, forward_only: bool = False, ahead: int = 1
+    ) -> AbstractContextManager[None]:
+        """Post receives before the schedule asks for them: `with communicator.overlap(num_microbatches): schedule()`.
+
+        Inside of the block the next microbatch's activation is under way while this one is computed, and the gradient
+        of a microbatch as soon as its activation has been sent. Values are the same, and so is the order in which each
+        link's tensors travel. All receives that were posted have been asked for when the schedule ends: nothing is
+        left for the next one. `mimo_ext.megatron.overlap.overlapped` reads the arguments off the schedule's call.
+
+        Each link holds up to `ahead` received tensors more than without. The timeout of a receive begins when it is
+        posted, so it must be longer than what a peer computes between two microbatches. Use this communicator's
+        operations in the block, not those of its `bridge_comms` and `p2p_communicator`.
+
+        Args:
+            num_microbatches: of the one schedule that runs in the block.
+            forward_only: no gradients are received.
+            ahead: receives per link that are posted at most before they are asked for.
+
+        Raises:
+            ValueError: numbers that are too small or no integers.
+            RuntimeError: within another `overlap`; at the end of the block: fewer microbatches were received.
+        """
+        self._require_open("overlap")
+        return overlapping(*self._links, num_microbatches, forward_only, ahead)
+
     def _operation(self, name: str) -> record_function:
-        if self._closed:
-            raise RuntimeError(f"rank {self.current_rank}: {name} on a closed MultiModulePipelineCommunicator")
+        self._require_open(name)
         return record_function(f"mimo_ext::pipeline.{name}")
+
+    def _require_open(self, operation: str) -> None:
+        if self._closed:
+            raise RuntimeError(f"rank {self.current_rank}: {operation} on a closed MultiModulePipelineCommunicator")
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def close(self, abort: bool = False) -> None:
         """Wait for what is in flight (`abort`: do not), end the bridges' threads and free their process groups.
 
-        Later operations raise RuntimeError. May be called twice. All bridges are closed, also where one of them
-        raises; the first error is raised then.
+        Receives that a failed schedule has left posted (see `overlap`) are not waited for, nor is what else is in
+        flight on their bridges. Later operations raise RuntimeError. May be called twice. All bridges are closed, also
+        where one of them raises; the first error is raised then.
         """
         self._closed = True
         errors: list[Exception] = []
+        given_up = [link.bridge for links in self._links for link in links if link.posted]
         while self._bridges:
             try:
-                self._bridges.pop().close(abort)
+                closing = self._bridges.pop()
+                bridge = closing.bridge if isinstance(closing, BridgeCommunicator) else closing
+                closing.close(abort or any(bridge is other for other in given_up))
             except Exception as error:
                 errors.append(error)
         if errors:

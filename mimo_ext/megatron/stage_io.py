@@ -7,7 +7,7 @@ before the first byte leaves.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from mimo_ext.megatron.adapters import (
     _restore_tensor_from_comm,
     is_single_shape,
 )
+from mimo_ext.megatron.overlap import Handle, Receives
 
 if TYPE_CHECKING:
     from mimo_ext import Bridge
@@ -31,6 +32,7 @@ class Input:
     key: str
     bridge: Bridge
     is_hop: bool  # from the previous stage of the same module
+    posts_ahead: bool = True  # False: what a receive states is known only when the schedule asks for it
 
 
 @dataclass
@@ -84,13 +86,33 @@ class StageIO:
         self._output_keys = sorted(output.module for output in outputs)
         # Bridge -> how many sends this rank is ahead of its own receives: [forward, backward].
         self._ahead = {id(bridge): [0, 0] for bridge in own_bridges}
+        self._activations = [
+            self._receives(source.bridge, source.bridge.irecv_forward, source.key, "activation", source.posts_ahead)
+            for source in inputs
+        ]
+        self._gradients = [
+            [self._receives(bridge, bridge.irecv_backward, out.module, "gradient") for bridge in out.bridges]
+            for out in outputs
+        ]
+
+    def _receives(
+        self, bridge: Bridge, post: Callable[[], Handle], key: str, what: str, posts_ahead: bool = True
+    ) -> Receives:
+        # A rank that would wait for itself must be told so when the schedule asks, not before.
+        ahead = posts_ahead and id(bridge) not in self._ahead
+        return Receives(bridge, post, f"{self._where(key)}: {what} over '{bridge.name}'", ahead)
+
+    @property
+    def links(self) -> tuple[list[Receives], list[Receives]]:
+        """The receives of activations and those of gradients, one entry per link."""
+        return self._activations, [link for links in self._gradients for link in links]
 
     def recv_forward(self, tensor_shape: Any) -> dict[str, torch.Tensor]:
         """All inputs of this stage: leaves that require grad, by key."""
         for source in self._inputs:
             self._count_receive(source.bridge, 0, source.key)
         # All are posted before the first is waited for: several encoders arrive side by side.
-        pending = [(source, source.bridge.irecv_forward()) for source in self._inputs]
+        pending = [(source, link.take()) for source, link in zip(self._inputs, self._activations, strict=True)]
         tensors: dict[str, torch.Tensor] = {}
         for source, handle in pending:
             tensor = handle.wait()
@@ -122,24 +144,30 @@ class StageIO:
             self._take_row_counts(t, out, queues, given.get(out.module))
             for out, t in zip(self._outputs, tensors, strict=True)
         ]
-        for output, tensor, counts in zip(self._outputs, tensors, counts_of, strict=True):
-            if torch.is_grad_enabled() and output.gradients_ahead:
-                output.gradients_ahead -= 1
-            elif torch.is_grad_enabled():
+        for output, links, tensor, counts in zip(self._outputs, self._gradients, tensors, counts_of, strict=True):
+            gradient_follows = torch.is_grad_enabled() and not output.gradients_ahead
+            if gradient_follows:
                 output.in_flight.append(Sent(tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad))
-            if output.is_hop:
-                output.bridges[0].send_forward(_prepare_tensor_for_comm(tensor))
-                continue
-            for bridge in output.bridges:
-                bridge.send_forward(tensor, row_counts=counts)
-                self._count_send(bridge, 0)
+            elif torch.is_grad_enabled():
+                output.gradients_ahead -= 1
+            for bridge, link in zip(output.bridges, links, strict=True):
+                if output.is_hop:
+                    bridge.send_forward(_prepare_tensor_for_comm(tensor))
+                else:
+                    bridge.send_forward(tensor, row_counts=counts)
+                    self._count_send(bridge, 0)
+                if gradient_follows:
+                    link.expect()
 
     def recv_backward(self, tensor_shape: Any) -> dict[str, torch.Tensor | None]:
         """The gradients of all outputs of this stage, each summed over the modules that it went to."""
         for output in self._outputs:
             for bridge in output.bridges:
                 self._count_receive(bridge, 1, output.module)
-        pending = [(output, [bridge.irecv_backward() for bridge in output.bridges]) for output in self._outputs]
+        pending = [
+            (output, [link.take() for link in links])
+            for output, links in zip(self._outputs, self._gradients, strict=True)
+        ]
         grads: dict[str, torch.Tensor | None] = {}
         for output, handles in pending:
             total: torch.Tensor | None = None
