@@ -30,6 +30,7 @@ SOURCES = [
     "csrc/core/pieces.cpp",
     "csrc/core/plan.cpp",
     "csrc/core/plan_text.cpp",
+    "csrc/core/row_shards.cpp",
     "csrc/core/stages.cpp",
     "csrc/ops/pack.cpp",
     "csrc/ops/rescale.cpp",
@@ -47,6 +48,7 @@ SOURCES = [
     "csrc/bindings/core_py.cpp",
     "csrc/bindings/comm_py.cpp",
     "csrc/bindings/ops.cpp",
+    "csrc/bindings/row_shards_py.cpp",
     "csrc/bindings/module.cpp",
 ]
 CUDA_SOURCES: list[str] = []  # torch-free .cu files; none yet

@@ -6,6 +6,7 @@ The root of the package needs torch only; `mimo_ext.megatron` is the layer for M
 from ._extension import has_cuda
 from .bridge import Bridge, BridgeError, BridgeTimeoutError, Handle, bridge
 from .layout import Layout, Plan
+from .row_shards import RowShards
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,7 @@ __all__ = [
     "Handle",
     "Layout",
     "Plan",
+    "RowShards",
     "bridge",
     "has_cuda",
 ]

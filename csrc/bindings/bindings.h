@@ -5,6 +5,7 @@
 
 namespace mimo_ext::bindings {
 
+void register_row_shards(pybind11::module_& m);
 void register_core(pybind11::module_& m);
 void register_comm(pybind11::module_& m);
 

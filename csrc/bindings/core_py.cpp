@@ -4,6 +4,7 @@
 #include "bindings/bindings.h"
 #include "core/layout.h"
 #include "core/plan.h"
+#include "core/row_shards.h"
 #include "core/stages.h"
 
 namespace mimo_ext::bindings {
@@ -67,26 +68,37 @@ py::tuple shape_tuple(const std::array<std::int64_t, core::kMaxDims>& shape, int
 void register_plan(py::module_& m) {
   py::class_<Microbatch>(m, "Microbatch", "The global microbatch that a plan is for.")
       .def(py::init([](int ndim, int batch_dim, int seq_dim, std::int64_t samples, std::vector<std::int64_t> shape,
-                       std::int64_t rows_per_sample, std::vector<std::int64_t> rows, int element_size) {
+                       std::int64_t rows_per_sample, std::vector<std::int64_t> rows, int element_size,
+                       std::shared_ptr<core::RowShards> row_shards) {
              if (ndim < 2 || ndim > core::kMaxDims || static_cast<int>(shape.size()) != ndim) {
                throw std::invalid_argument("microbatch: expected a shape of 2 or 3 axes, got " +
                                            std::to_string(shape.size()));
              }
-             Microbatch microbatch{ndim,      batch_dim,       seq_dim,         samples,
-                                   {1, 1, 1}, rows_per_sample, std::move(rows), element_size};
+             Microbatch microbatch{ndim,
+                                   batch_dim,
+                                   seq_dim,
+                                   samples,
+                                   {1, 1, 1},
+                                   rows_per_sample,
+                                   std::move(rows),
+                                   element_size,
+                                   std::move(row_shards)};
              std::copy(shape.begin(), shape.end(), microbatch.shape.begin());
              if (batch_dim >= 0 && batch_dim < ndim) microbatch.shape[static_cast<std::size_t>(batch_dim)] = 1;
              return microbatch;
            }),
            py::kw_only(), py::arg("ndim"), py::arg("batch_dim"), py::arg("seq_dim"), py::arg("samples"),
            py::arg("shape"), py::arg("rows_per_sample") = 1, py::arg("rows") = std::vector<std::int64_t>{},
-           py::arg("element_size") = 1)
+           py::arg("element_size") = 1, py::arg("row_shards") = std::shared_ptr<core::RowShards>())
       .def_readonly("ndim", &Microbatch::ndim)
       .def_readonly("batch_dim", &Microbatch::batch_dim)
       .def_readonly("seq_dim", &Microbatch::seq_dim)
       .def_readonly("samples", &Microbatch::samples)
       .def_readonly("rows", &Microbatch::rows)
-      .def_readonly("rows_per_sample", &Microbatch::rows_per_sample);
+      .def_readonly("rows_per_sample", &Microbatch::rows_per_sample)
+      .def_property_readonly("row_shards", [](const Microbatch& microbatch) {
+        return std::const_pointer_cast<core::RowShards>(microbatch.row_shards);  // immutable: no method changes it
+      });
 
   py::class_<Plan>(m, "Plan",
                    "Who sends which box of the boundary tensor to whom, for one microbatch in one direction.")

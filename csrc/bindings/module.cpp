@@ -9,6 +9,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("WITH_CUDA") = false;
 #endif
+  mimo_ext::bindings::register_row_shards(m);
   mimo_ext::bindings::register_core(m);
   mimo_ext::bindings::register_comm(m);
 }

@@ -65,8 +65,23 @@ std::int64_t Microbatch::extent(std::int64_t first, std::int64_t last) const {
 Microbatch Microbatch::normalized() const {
   Microbatch microbatch = *this;
   if (batch_dim >= 0 && batch_dim < kMaxDims) microbatch.shape[static_cast<std::size_t>(batch_dim)] = 1;
-  if (ragged() || ndim == 3) microbatch.rows_per_sample = 1;
+  if (row_shards != nullptr && ndim == 2 && row_shards->num_samples() == samples) {
+    if (!ragged()) microbatch.rows.assign(static_cast<std::size_t>(samples), kUnknownRows);
+    for (std::size_t sample = 0; sample < microbatch.rows.size(); ++sample) {
+      std::int64_t& count = microbatch.rows[sample];
+      if (count == kUnknownRows) count = row_shards->rows(static_cast<std::int64_t>(sample));
+    }
+  }
+  if (microbatch.ragged() || ndim == 3) microbatch.rows_per_sample = 1;
   return microbatch;
+}
+
+bool Microbatch::operator==(const Microbatch& other) const {
+  const bool equal_shards =
+      row_shards == other.row_shards || (row_shards && other.row_shards && *row_shards == *other.row_shards);
+  return equal_shards && ndim == other.ndim && batch_dim == other.batch_dim && seq_dim == other.seq_dim &&
+         samples == other.samples && shape == other.shape && rows_per_sample == other.rows_per_sample &&
+         rows == other.rows && element_size == other.element_size;
 }
 
 void Microbatch::check() const {
@@ -94,6 +109,20 @@ void Microbatch::check() const {
     }
   } else if (rows_per_sample < 0) {
     bad("rows_per_sample is " + std::to_string(rows_per_sample));
+  }
+  if (row_shards != nullptr) {
+    if (ndim != 2) bad("row shards are for 2-D tensors, got " + std::to_string(ndim) + " axes");
+    if (row_shards->num_samples() != samples) {
+      bad("expected row shards of " + std::to_string(samples) + " samples, got " +
+          std::to_string(row_shards->num_samples()));
+    }
+    for (std::int64_t sample = row_shards->first_known(); sample < row_shards->last_known(); ++sample) {
+      const std::int64_t count = extent(sample, sample + 1);
+      if (count != row_shards->rows(sample)) {
+        bad("sample " + std::to_string(sample) + " has " + std::to_string(count) + " rows, and row shards of " +
+            std::to_string(row_shards->rows(sample)));
+      }
+    }
   }
 }
 

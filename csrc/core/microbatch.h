@@ -3,8 +3,11 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
+
+#include "core/row_shards.h"
 
 namespace mimo_ext::core {
 
@@ -42,6 +45,9 @@ struct Microbatch {
   std::int64_t rows_per_sample = 1;
   std::vector<std::int64_t> rows;
   int element_size = 1;  ///< bytes
+  /// 2-D tensors: which rows each member of a destination lane holds, whatever the placement of its boundary says.
+  /// Null: the boundary decides. Row counts that it knows need not be in `rows`.
+  std::shared_ptr<const RowShards> row_shards;
 
   bool ragged() const { return !rows.empty(); }
   /// First sample of lane `lane` of `lanes`: floor(lane * samples / lanes).
@@ -50,12 +56,13 @@ struct Microbatch {
   /// count.
   std::int64_t extent(std::int64_t first, std::int64_t last) const;
 
-  /// What does not count gets one value: microbatches of the same messages are equal.
+  /// What does not count gets one value: microbatches of the same messages are equal. Row counts are taken from
+  /// row_shards where they are not given.
   Microbatch normalized() const;
   /// Throws std::invalid_argument for axes, extents or row counts that do not fit together.
   void check() const;
 
-  bool operator==(const Microbatch&) const = default;
+  bool operator==(const Microbatch& other) const;
 };
 
 /// The extent of samples [first, last) along the batch axis; none where it needs an unknown row count.

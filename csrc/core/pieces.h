@@ -24,6 +24,7 @@ struct Piece {
   int member = 0;
   int contribution = 0;
   int chunk = 0;
+  int shard = 0;           ///< of row shards
   std::int64_t shift = 0;  ///< added to a lane coordinate of the sequence axis to get the member's own
   Box box;                 ///< relative to the overlap on the batch axis
 };
@@ -41,13 +42,21 @@ struct Overlap {
 Overlap overlap_of(const Microbatch& microbatch, int sender_lane, int senders, int receiver_lane, int receivers);
 
 /// The members of one side of an overlap with the parts that they carry. Where `partial`, each cp copy carries all of
-/// it.
+/// it. With `row_shards` the rows of a box count along those of the piece's shard in this overlap, until `spread`.
 std::vector<Piece> pieces_of(const Boundary& boundary, int lane, const Overlap& overlap, const Microbatch& microbatch,
-                             bool partial);
+                             bool partial, const RowShards* row_shards);
 
 /// Cuts what replicas forward to one another into chunks; in ascending order of chunks.
 std::vector<Piece> chunks_of(std::vector<Piece> pieces, const Boundary& boundary, const Microbatch& microbatch,
-                             const Chunking& chunking);
+                             const Chunking& chunking, const RowShards* row_shards);
+
+/// Puts pieces of row shards where their rows are in the overlap: one piece for each run of rows. Without row shards
+/// pieces stay as they are.
+std::vector<Piece> spread(std::vector<Piece> pieces, const Boundary& boundary, int lane, const Overlap& overlap,
+                          const Microbatch& microbatch, const RowShards* row_shards);
+
+/// The members that hold what `member` holds, itself included, ascending.
+std::vector<int> replicas_of(const Boundary& boundary, int member, const RowShards* row_shards);
 
 /// Moves a box from overlap coordinates to those of the tensor that the member holds.
 class ToLocal {
@@ -75,6 +84,6 @@ class ToLocal {
 
 /// Shape of the tensor that a member of a lane holds. Throws std::invalid_argument where it needs an unknown row count.
 std::array<std::int64_t, kMaxDims> local_shape(const Boundary& boundary, const Microbatch& microbatch, int lane,
-                                               int member);
+                                               int member, const RowShards* row_shards);
 
 }  // namespace mimo_ext::core

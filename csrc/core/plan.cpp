@@ -43,6 +43,7 @@ Plan::Plan(Boundary source, Boundary destination, Microbatch microbatch, Directi
                                 " bytes");
   }
   microbatch_.check();
+  if (row_shards() != nullptr) row_shards()->shard_of(destination_, 0);  // throws where they do not fit
 }
 
 Plan Plan::reversed() const {
@@ -75,9 +76,12 @@ RankPlan Plan::for_places(std::pair<int, int> as_sender, std::pair<int, int> as_
       const Overlap overlap =
           overlap_of(microbatch_, sending ? lane : other, from.num_lanes(), sending ? other : lane, to.num_lanes());
       if (overlap.empty()) continue;
-      const auto sent = pieces_of(from, overlap.sender_lane, overlap, microbatch_, partial);
+      const auto sent = spread(pieces_of(from, overlap.sender_lane, overlap, microbatch_, partial, sender_shards()),
+                               from, overlap.sender_lane, overlap, microbatch_, sender_shards());
       const auto received =
-          chunks_of(pieces_of(to, overlap.receiver_lane, overlap, microbatch_, false), to, microbatch_, chunking_);
+          spread(chunks_of(pieces_of(to, overlap.receiver_lane, overlap, microbatch_, false, receiver_shards()), to,
+                           microbatch_, chunking_, receiver_shards()),
+                 to, overlap.receiver_lane, overlap, microbatch_, receiver_shards());
       visit(overlap, sent, received);
     }
   };
@@ -106,12 +110,13 @@ RankPlan Plan::for_places(std::pair<int, int> as_sender, std::pair<int, int> as_
     });
   }
   if (const auto [lane, member] = as_receiver; lane >= 0) {
-    const auto replicas = to.members_of_shard(to.shard_of(member));
+    const auto replicas = replicas_of(to, member, receiver_shards());
     each_overlap(lane, false, [&, me = member](const Overlap& overlap, const auto& sent, const auto& received) {
       transfers(overlap, sent, received, [me](const Piece&, const Piece& r) { return r.member == me; }, plan.receives);
       const ToLocal local(to, overlap.receiver_lane, overlap, microbatch_);
       const auto& ranks = to.lanes[static_cast<std::size_t>(overlap.receiver_lane)];
       for (const Piece& piece : received) {
+        if (std::find(replicas.begin(), replicas.end(), piece.member) == replicas.end()) continue;
         const Box box = local(piece.box, piece.shift);
         for (int replica : replicas) {
           if (replica == piece.member) continue;
@@ -124,8 +129,7 @@ RankPlan Plan::for_places(std::pair<int, int> as_sender, std::pair<int, int> as_
                              box,
                              box};
           if (piece.member == me) plan.lane_sends.push_back(copy);
-          const bool of_my_shard = to.shard_of(piece.member) == to.shard_of(me);
-          if (replica == me && of_my_shard) plan.lane_receives.push_back(copy);
+          if (replica == me) plan.lane_receives.push_back(copy);
         }
       }
     });
@@ -138,11 +142,11 @@ RankPlan Plan::for_places(std::pair<int, int> as_sender, std::pair<int, int> as_
 }
 
 std::array<std::int64_t, kMaxDims> Plan::sender_shape(int lane, int member) const {
-  return local_shape(sender(), microbatch_, lane, member);
+  return local_shape(sender(), microbatch_, lane, member, sender_shards());
 }
 
 std::array<std::int64_t, kMaxDims> Plan::receiver_shape(int lane, int member) const {
-  return local_shape(receiver(), microbatch_, lane, member);
+  return local_shape(receiver(), microbatch_, lane, member, receiver_shards());
 }
 
 std::uint64_t Plan::hash() const {
@@ -158,6 +162,10 @@ std::uint64_t Plan::hash() const {
   fnv.add(m.rows_per_sample);
   fnv.add(static_cast<std::int64_t>(m.rows.size()));
   for (std::int64_t rows : m.rows) fnv.add(rows);
+  if (m.row_shards != nullptr) {
+    fnv.add(m.row_shards->first_known());
+    fnv.add(static_cast<std::int64_t>(m.row_shards->hash(m.row_shards->first_known(), m.row_shards->last_known())));
+  }
   fnv.add(m.element_size);
   fnv.add(chunking_.max_chunks);
   fnv.add(chunking_.min_bytes);

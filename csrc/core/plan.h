@@ -64,6 +64,9 @@ class Plan {
   const Boundary& sender() const { return direction_ == Direction::kForward ? source_ : destination_; }
   const Boundary& receiver() const { return direction_ == Direction::kForward ? destination_ : source_; }
   const Microbatch& microbatch() const { return microbatch_; }
+  /// The row shards of the destination, on the side that it is; null on the source's.
+  const RowShards* sender_shards() const { return direction_ == Direction::kForward ? nullptr : row_shards(); }
+  const RowShards* receiver_shards() const { return direction_ == Direction::kForward ? row_shards() : nullptr; }
   Direction direction() const { return direction_; }
   const Chunking& chunking() const { return chunking_; }
 
@@ -89,6 +92,8 @@ class Plan {
  private:
   /// Messages of the rank at (lane, member) of the sender and of the receiver; lane -1: not there.
   RankPlan for_places(std::pair<int, int> as_sender, std::pair<int, int> as_receiver) const;
+
+  const RowShards* row_shards() const { return microbatch_.row_shards.get(); }
 
   Boundary source_;
   Boundary destination_;

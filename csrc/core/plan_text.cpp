@@ -76,6 +76,7 @@ std::string Plan::to_string(int max_lines) const {
     } else {
       out << microbatch_.rows_per_sample << " rows each";
     }
+    if (row_shards() != nullptr) out << " dealt to " << row_shards()->num_shards() << " shards of the destination";
   } else {
     out << "3-D [";
     for (int axis = 0; axis < 3; ++axis) {
