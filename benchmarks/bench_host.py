@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import importlib
 import os
 import signal
 import sys
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P
 from busy import BUSY_LIMIT, MachineBusy, machine_usage, other_share, process_usage
 from cases import BATCH, KIB, REPLICATED, SHARDED, STATIC, Case, parse_layout
 from records import Measurement, measurement, table, write_json
-from released import ReleasedUnavailable, copy_of, require_released
+from released import ReleasedUnavailable, require_released
 
 ATTEMPTS = 3
 SKIPPED, BUSY = 77, 75
@@ -182,28 +181,10 @@ def _fake_group(rank: int, world_size: int) -> Iterator[None]:
 
 
 def _ours(stack: contextlib.ExitStack, case: Case, method: str, rank: int) -> Callable[[], None]:
-    """Our bridge with its process group, too, a fake one; all other ranks say what this one says."""
-    import torch.distributed as dist
+    """Our bridge, whose process groups are fake ones, too; all other ranks say what this one says."""
     import transfers
 
-    # By name: the package's attribute `bridge` is a function.
-    modules = [vars(importlib.import_module(f"mimo_ext.{name}")) for name in ("bridge", "_agreement")]
-
-    def new_group(ranks: Any = None, **options: Any) -> Any:
-        return dist.new_group(ranks, **{**options, "backend": "fake"})
-
-    def all_gather(outputs: Sequence[Any], tensor: Any, **options: Any) -> None:
-        for output in outputs:
-            output.copy_(tensor)
-
-    copy = copy_of(dist, new_group=new_group, all_gather=all_gather)
-    for module in modules:
-        module["dist"] = copy
-    try:
-        ops = stack.enter_context(transfers.ours(case, method))
-    finally:
-        for module in modules:
-            module["dist"] = dist
+    ops = stack.enter_context(transfers.ours(case, method))
     return _step(ops, transfers.data_of(case, rank, method.startswith(SHARDED)).sends, rank < case.source.size)
 
 

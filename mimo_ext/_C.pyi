@@ -179,6 +179,8 @@ class Communicator:
         unpaired_backward: bool = ...,
         max_chunks: int = ...,
         min_chunk_bytes: int = ...,
+        backward_group: ProcessGroup | None = ...,
+        tag_offset: int = ...,
     ) -> None: ...
     @property
     def is_source(self) -> bool: ...

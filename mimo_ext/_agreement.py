@@ -1,59 +1,140 @@
-"""How the ranks compare what they were given, before a bridge creates anything."""
+"""How ranks compare what they were given, before anything is created.
+
+They meet in the store of the default process group, not in a collective of it: three short requests per rank whatever
+their number, over any backend, and a rank that never comes can be named.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import json
+import time
+import weakref
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from ._extension import _C
+_SLICE_S = 2.0  # the store is not held for longer by one wait, so that others can use it and signals are seen
+_NAMED = 16  # ranks in a message
 
-_AGREEMENT_BYTES = 2048
-
-
-def require_cpu_backend(name: str, group: Any) -> None:
-    """The ranks agree over CPU tensors before the bridge makes its own group."""
-    try:
-        group._get_backend(torch.device("cpu"))
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"bridge '{name}': expected a process group that takes CPU tensors, got one without ({error}); "
-            'use init_process_group("cpu:gloo,cuda:nccl")'
-        ) from error
+# World -> ranks that meet (None: all) -> meetings so far. A world that is destroyed takes its numbers along.
+_meetings: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...] | None, int]] = weakref.WeakKeyDictionary()
 
 
-def refuse_bridge(name: str, error: Exception, group: dist.ProcessGroup | None = None) -> None:
-    """Collective: what a rank calls in place of the constructor of `Bridge` that the others are in.
+class Meeting:
+    """A point that every rank of `group` (default: of the world) comes to, in the same order of meetings.
 
-    Their constructors raise ValueError with the text of `error`; this rank raises its own error after the call.
+    Args:
+        what: is set up; for messages, e.g. "bridge 'images -> language'".
+        group: the process group whose ranks meet.
+        timeout: how long a rank waits for the others, at least; the timeout of the default group where that is longer.
+
+    Attributes:
+        ranks: that meet.
+        store: of this meeting alone. None in a world of torch's "fake" backend, where this rank is the only real one.
+        limit: how long to wait for the others.
+
+    Raises:
+        RuntimeError: the default process group has no store (MPI).
     """
-    with contextlib.suppress(ValueError):
-        agree(name, group, f"refused: {error}", 0)
+
+    def __init__(self, what: str, group: dist.ProcessGroup | None = None, timeout: timedelta | None = None) -> None:
+        world = dist.distributed_c10d._get_default_group()
+        self.what = what
+        self.rank = dist.get_rank()
+        everyone = range(dist.get_world_size())
+        self.ranks: Sequence[int] = everyone if group is None else dist.get_process_group_ranks(group)
+        key = None if len(self.ranks) == len(everyone) else tuple(self.ranks)
+        turns = _meetings.setdefault(world, {})
+        self.turn = turns.get(key, 0)
+        turns[key] = self.turn + 1
+        self.store: dist.Store | None = None
+        self.limit = timeout or timedelta(0)
+        if dist.get_backend(world) == "fake":
+            return
+        store = dist.distributed_c10d._get_default_store()
+        if store is None:
+            raise RuntimeError(
+                f"{what}: expected a default process group with a store (gloo, nccl), got {dist.get_backend(world)}"
+            )
+        self.limit = max(self.limit, store.timeout)
+        some = "world" if key is None else hashlib.sha256(",".join(map(str, key)).encode()).hexdigest()[:16]
+        self._here = dist.PrefixStore(f"mimo_ext/{some}/here", store)
+        self._turns = dist.PrefixStore(f"mimo_ext/{some}", store)
+        self.store = dist.PrefixStore(str(self.turn), self._turns)
+
+    def compare(self, text: str) -> list[tuple[list[int], str]] | None:
+        """Collective: None where every rank gives this text; else who gave what, in the order of the ranks.
+
+        Raises:
+            RuntimeError: ranks that did not come in time; they are named.
+        """
+        if self.store is None:
+            return None
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        if self._all_say(self.store, digest):
+            return None
+        texts = dist.PrefixStore("texts", self.store)
+        texts.set(str(self.rank), text)
+        if texts.add("count", 1) < len(self.ranks):
+            self._wait(texts, "all")
+        else:
+            by_text: dict[str, list[int]] = {}
+            for rank in self.ranks:
+                by_text.setdefault(texts.get(str(rank)).decode(), []).append(rank)
+            texts.set("all", json.dumps([[ranks, line] for line, ranks in by_text.items()]))
+        return [(ranks, line) for ranks, line in json.loads(texts.get("all"))]
+
+    def _all_say(self, store: dist.Store, digest: str) -> bool:
+        self._here.set(str(self.rank), str(self.turn))
+        store.add(digest, 1)
+        if store.add("count", 1) < len(self.ranks):
+            self._wait(store, "same")
+            return store.get("same") == b"1"
+        # The last to come counts: what the others have added stands by now.
+        same = store.add(digest, 0) == len(self.ranks)
+        store.set("same", str(int(same)))
+        if self.turn:
+            # All have left the meeting before this one.
+            before = dist.PrefixStore(str(self.turn - 1), self._turns)
+            before.delete_key("count")
+            before.delete_key("same")
+        return same
+
+    def _wait(self, store: dist.Store, key: str) -> None:
+        if not wait_for(store, [key], self.limit):
+            raise RuntimeError(
+                f"{self.what}, rank {self.rank}: waited {self.limit.total_seconds():g} s for "
+                f"{ranks_text(self._missing())} to set it up, too"
+            )
+
+    def _missing(self) -> list[int]:
+        return [
+            rank
+            for rank in self.ranks
+            if not self._here.check([str(rank)]) or int(self._here.get(str(rank))) < self.turn
+        ]
 
 
-def agree(name: str, group: dist.ProcessGroup | None, text: str, layouts: int) -> int:
-    """Hash of everything that must be equal on all ranks, after comparing it with theirs."""
-    exact = f"{text}#{layouts}#{_C.TORCH_VERSION}"
-    digest = int.from_bytes(hashlib.sha256(exact.encode()).digest()[:8], "little") >> 1
-    count = dist.get_world_size(group)
-    mine = torch.tensor([digest], dtype=torch.int64)
-    digests = [torch.empty_like(mine) for _ in range(count)]
-    dist.all_gather(digests, mine, group=group)
-    if all(int(other) == digest for other in digests):
-        return digest
-    line = torch.zeros(_AGREEMENT_BYTES, dtype=torch.uint8)
-    data = text.encode()[:_AGREEMENT_BYTES]
-    line[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    lines = [torch.empty_like(line) for _ in range(count)]
-    dist.all_gather(lines, line, group=group)
-    texts = [bytes(other.numpy()).rstrip(b"\0").decode(errors="replace") for other in lines]
-    # All ranks name the same two: the first rank, and the first that differs from it.
-    other = next(index for index in range(count) if int(digests[index]) != int(digests[0]))
-    ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
-    raise ValueError(
-        f"bridge '{name}', rank {dist.get_rank()}: the ranks describe different bridges: "
-        f"expected (rank {ranks[0]}) {texts[0]!r}, got (rank {ranks[other]}) {texts[other]!r}"
-    )
+def wait_for(store: dist.Store, keys: list[str], limit: timedelta) -> bool:
+    """Whether the keys are all there within the limit."""
+    deadline = time.monotonic() + limit.total_seconds()
+    while True:
+        left = max(deadline - time.monotonic(), 0.001)
+        try:
+            store.wait(keys, timedelta(seconds=min(left, _SLICE_S)))
+            return True
+        except RuntimeError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.01)  # a store that is gone fails at once, again and again
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """ "rank 3", "ranks 1, 2, 5 and 9 more"."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    more = f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
+    return f"ranks {', '.join(map(str, ranks[:_NAMED]))}{more}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -12,11 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ._agreement import agree as _agree
-from ._agreement import refuse_bridge, require_cpu_backend
-from ._arguments import axes_of
+from ._arguments import axes_of, digest_of
 from ._extension import _C
+from ._groups import Groups
 from ._leftovers import finish_leftovers_at_exit
+from ._setup import Setup, refuse_bridge
 from .layout import Layout, Plan
 
 BridgeError = _C.BridgeError
@@ -50,7 +49,8 @@ class Bridge:
 
     The constructor is collective over the default process group (or over `group`): every rank calls it, in the same
     order of bridges, also ranks that are on neither side. It compares the arguments of all ranks before it creates
-    anything.
+    anything, and connects only ranks that exchange something. Ranks meet in the store of the default process group,
+    whose backend may be any but MPI.
 
     Samples of the global microbatch are split over lanes by position: lane i of k holds samples [i*B//k, (i+1)*B//k).
     Every rank of a destination lane receives the lane's whole tensor (or its own sequence shard, where its layout says
@@ -63,7 +63,8 @@ class Bridge:
         dtype: of activations and gradients.
         shape: of the global microbatch, all lanes together, where it never changes: then nothing but payload is sent.
             Default: shapes vary, and a small header goes ahead of each payload.
-        timeout: how long any wait for a peer may last.
+        timeout: how long any wait for a peer may last; in the constructor at least as long as the default process
+            group's timeout.
         device: only "cpu" (gloo) so far.
         src_stage, dst_stage: pipeline stages that the bridge joins: by default the source's last and the destination's
             first.
@@ -75,9 +76,12 @@ class Bridge:
             gradient is still that of the n-th microbatch, and its samples (2-D: rows) are split evenly. By default
             such a call is an error.
         name: of the edge, for messages; default "src.name -> dst.name".
+        setup: set this bridge up together with others; it can be used at the end of the `Setup`'s block. Its group is
+            the bridge's.
 
     Raises:
         ValueError: arguments that do not fit, or that differ between ranks (with both sides' values).
+        RuntimeError: a rank that does not call the constructor in time, by name.
         NotImplementedError: a device other than the CPU.
     """
 
@@ -101,16 +105,18 @@ class Bridge:
         min_chunk_bytes: int = 64 * 1024,
         unpaired_backward: bool = False,
         name: str | None = None,
+        setup: Setup | None = None,
     ) -> None:
         self.src, self.dst = src, dst
         self.name = name or f"{src.name or 'source'} -> {dst.name or 'destination'}"
         self.dtype, self.ndim = dtype, ndim
         self._communicator: _C.Communicator | None = None
-        self._group: dist.ProcessGroup | None = None
+        self._groups: Groups | None = None
         if not dist.is_initialized():
             raise RuntimeError(f"bridge '{self.name}': torch.distributed is not initialized")
-        require_cpu_backend(self.name, dist.group.WORLD if group is None else group)
         self.rank = dist.get_rank()
+        if setup is not None:
+            group = setup.group
         try:
             if torch.device(device).type != "cpu":
                 raise NotImplementedError(
@@ -142,47 +148,51 @@ class Bridge:
                 f"{self.name}: {self._source} | {self._destination}; ndim={ndim} batch_dim={self.batch_dim} "
                 f"seq_dim={self.seq_dim} dtype={dtype} shape={None if shape is None else tuple(shape)}"
                 f" chunks={max_chunks}x{min_chunk_bytes}{' unpaired_backward' if unpaired_backward else ''}"
+                f" layouts={_C.hash_of(self._source, self._destination):016x} torch={_C.TORCH_VERSION}"
             )
         except Exception as error:
-            # The others wait for this rank's word: they get an error too, at once.
-            refuse_bridge(self.name, error, group)
+            # The others wait for this rank's word: they get an error too, at once. A setup tells them by itself.
+            if setup is None:
+                refuse_bridge(self.name, error, group)
             raise
-        digest = _agree(self.name, group, text, _C.hash_of(self._source, self._destination))
-        # After the agreement: ranks that differ would wait for one another here.
-        if group is None:
-            self._group = dist.new_group(ranks, timeout=timeout, backend="gloo", group_desc=f"mimo_ext {self.name}")
-        elif self.rank in ranks:
-            self._group = dist.new_group(
-                ranks,
-                timeout=timeout,
-                backend="gloo",
-                use_local_synchronization=True,
-                group_desc=f"mimo_ext {self.name}",
-            )
+        self._options: dict[str, Any] = {
+            "fixed": fixed,
+            "timeout": timeout,
+            "max_in_flight": max_in_flight,
+            "unpaired_backward": unpaired_backward,
+            "max_chunks": max_chunks,
+            "min_chunk_bytes": min_chunk_bytes,
+        }
+        if setup is not None:
+            setup.add(self, text)
+            return
+        with Setup(f"bridge '{self.name}'", group, timeout) as alone:
+            alone.add(self, text)
+
+    # Construction
+
+    def _connect(self, groups: Groups | None, text: str) -> None:
+        """Open the bridge, after the agreement of the ranks on `text`; without groups on ranks that are outside."""
+        self._groups = groups
         self._communicator = _C.Communicator(
             name=self.name,
             source=self._source,
             destination=self._destination,
-            ndim=ndim,
+            ndim=self.ndim,
             batch_dim=self.batch_dim,
             seq_dim=self.seq_dim,
-            dtype=dtype,
-            fixed=fixed,
-            timeout=timeout,
-            max_in_flight=max_in_flight,
-            hash=digest,
+            dtype=self.dtype,
+            hash=digest_of(text),
             rank=self.rank,
-            group=self._group if self.rank in ranks else None,
-            group_ranks=ranks,
-            unpaired_backward=unpaired_backward,
-            max_chunks=max_chunks,
-            min_chunk_bytes=min_chunk_bytes,
+            group=groups.forward if groups else None,
+            backward_group=groups.backward if groups else None,
+            group_ranks=groups.ranks if groups else (),
+            tag_offset=groups.first_tag if groups else 0,
+            **self._options,
         )
         # Where close() was forgotten: what has been sent still arrives, and no thread outlives the interpreter.
         finish_leftovers_at_exit()
         self._finalizer = weakref.finalize(self, self._communicator.leave)
-
-    # Construction
 
     def _fixed(self, shape: tuple[int, ...]) -> _C.Microbatch:
         if len(shape) != self.ndim or any(extent < 0 for extent in shape):
@@ -208,12 +218,15 @@ class Bridge:
     @property
     def is_source(self) -> bool:
         """Whether this rank sends forward."""
-        return self._open.is_source
+        return self._is_on(self._source) if self._communicator is None else self._communicator.is_source
 
     @property
     def is_destination(self) -> bool:
         """Whether this rank receives forward."""
-        return self._open.is_destination
+        return self._is_on(self._destination) if self._communicator is None else self._communicator.is_destination
+
+    def _is_on(self, side: _C.Boundary) -> bool:
+        return any(self.rank in lane for lane in side.lanes)
 
     @property
     def closed(self) -> bool:
@@ -242,7 +255,7 @@ class Bridge:
     @property
     def _open(self) -> _C.Communicator:
         if self._communicator is None:
-            raise BridgeError(f"bridge '{self.name}': its constructor did not finish")
+            raise BridgeError(f"bridge '{self.name}': its setup did not finish")
         return self._communicator
 
     # The six operations
@@ -335,7 +348,7 @@ class Bridge:
     # End
 
     def close(self, abort: bool = False) -> None:
-        """End the bridge: wait for what is under way (`abort`: do not), join its threads, give up its process group.
+        """End the bridge: wait for what is under way (`abort`: do not), join its threads, give up its process groups.
 
         Later operations raise BridgeError. Calling it again does nothing.
         """
@@ -343,11 +356,7 @@ class Bridge:
             return
         self._communicator.close(abort)
         self._finalizer.detach()
-        group, self._group = self._group, None
-        if group is not None and group is not dist.GroupMember.NON_GROUP_MEMBER and dist.is_initialized():
-            # destroy_process_group() of everything may have come first.
-            with contextlib.suppress(ValueError, AssertionError, RuntimeError):
-                dist.destroy_process_group(group)
+        self._groups = None
 
     def __enter__(self) -> Bridge:
         return self

@@ -60,7 +60,8 @@ class BridgeCommunicator(_MegatronBridge):
         src_local_leader_rank, dest_local_leader_rank: leader of this rank's lane (of whatever stage); None outside
             the grid.
         src_grid_broadcast_ranks, dest_grid_broadcast_ranks: this rank's lane in the boundary stage; else empty.
-        src_grid_broadcast_pg, dest_grid_broadcast_pg: None: nothing is broadcast.
+        src_grid_broadcast_pg, dest_grid_broadcast_pg, bridge_pg: None: nothing is broadcast, and the bridge's own
+            connections are not for the functions of `torch.distributed`.
         current_rank, src_grid, dest_grid, dim_mapping, comm_dtype, src_module_name, dest_module_name, tensor_ndim: as
             given, or as the defaults say.
 
@@ -95,7 +96,7 @@ class BridgeCommunicator(_MegatronBridge):
         self.tensor_ndim = tensor_ndim
         self.comm_dtype = torch.get_default_dtype() if comm_dtype is None else comm_dtype
         self.dim_mapping = dict(DEFAULT_DIM_MAPPING) if dim_mapping is None else dim_mapping
-        self.src_grid_broadcast_pg = self.dest_grid_broadcast_pg = None
+        self.src_grid_broadcast_pg = self.dest_grid_broadcast_pg = self.bridge_pg = None
         source, destination = src_module_name or "source", dest_module_name or "destination"
         name = f"{source} -> {destination}"
         if not dist.is_initialized():
@@ -198,12 +199,6 @@ class BridgeCommunicator(_MegatronBridge):
         if not self.src_grid_broadcast_ranks or not self.dest_grid_broadcast_ranks:
             return False
         return self.dest_grid_broadcast_ranks[0] in self.comm_map[self.src_grid_broadcast_ranks[-1]].send_to_ranks
-
-    @property
-    def bridge_pg(self) -> dist.ProcessGroup | None:
-        """The process group of both boundary stages; None on other ranks and after `close`."""
-        group = self.bridge._group
-        return None if group is dist.GroupMember.NON_GROUP_MEMBER else group
 
     # -- the six operations ----------------------------------------------------------------------------------------
 
@@ -320,13 +315,13 @@ class BridgeCommunicator(_MegatronBridge):
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def close(self, abort: bool = False) -> None:
-        """Wait for what is in flight (`abort`: do not), end the bridge's threads, free its group. May be repeated."""
+        """Wait for what is in flight (`abort`: do not), end its threads, free its connections. May be repeated."""
         BridgeCommunicator._live.pop(self._number, None)
         self.bridge.close(abort)
 
     @classmethod
     def destroy_bridge_pgs(cls) -> None:
-        """Close every open communicator of this class and free its process group.
+        """Close every open communicator of this class and free its connections.
 
         What is in flight is waited for, unless the default process group is gone already. All are closed, also where
         one of them raises; the first error is raised then. May be called at any time, and again.
@@ -345,7 +340,7 @@ class BridgeCommunicator(_MegatronBridge):
 
     @classmethod
     def destroy_broadcast_pgs(cls) -> None:
-        """As `destroy_bridge_pgs`: there is one process group per communicator."""
+        """As `destroy_bridge_pgs`: nothing is broadcast."""
         cls.destroy_bridge_pgs()
 
     # -- what only transfers through leaders need ------------------------------------------------------------------

@@ -1,0 +1,185 @@
+"""The process groups of bridges: gloo's, made without a barrier, on the ranks that exchange something and no others.
+
+`torch.distributed.new_group` gives each group a network device and workers of its own, three threads in all, and makes
+every rank of the world wait for every group. A bridge only needs point-to-point messages: these groups share one device
+(one thread) per direction of traffic, have no workers, and are known to nobody but the bridge that holds them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ._agreement import Meeting, ranks_text, wait_for
+from ._extension import _C
+
+TAGS = 16  # of a bridge in its groups
+
+# (process, direction, interfaces) -> the devices that open groups use. A forked process makes its own.
+_devices: weakref.WeakValueDictionary[tuple[int, str, str], _Devices] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What one bridge moves its messages with.
+
+    Attributes:
+        ranks: of both groups, in their order.
+        forward, backward: one group for each direction.
+        first_tag: of the `TAGS` tags of this bridge in both groups.
+        devices: for as long as a bridge holds them, the next one shares them.
+    """
+
+    ranks: tuple[int, ...]
+    forward: dist.ProcessGroup
+    backward: dist.ProcessGroup
+    first_tag: int
+    devices: tuple[_Devices, ...]
+
+
+class SharedGroups:
+    """The groups of bridges that are set up together: one pair for the same ranks, each bridge with tags of its own.
+
+    Opposite directions have groups of their own: a connection delivers in order, and gloo's notices of posted receives
+    would stand behind our own payload. Every rank of the meeting asks in the same order of bridges.
+    """
+
+    def __init__(self, meeting: Meeting) -> None:
+        self._meeting = meeting
+        self._made: dict[tuple[int, ...], Groups] = {}
+
+    def take(self, ranks: Sequence[int], what: str) -> Groups:
+        """For a bridge between these ranks, this one among them; waits for the others to ask, too.
+
+        Raises:
+            RuntimeError: ranks that did not ask in time, by name, or that cannot be reached.
+        """
+        key = tuple(ranks)
+        before = self._made.get(key)
+        if before is not None:
+            self._made[key] = replace(before, first_tag=before.first_tag + TAGS)
+        elif self._meeting.store is None:
+            forward, backward = (dist.new_group(list(ranks), backend="fake") for _ in range(2))
+            self._made[key] = Groups(key, forward, backward, 0, ())
+        else:
+            devices = tuple(_devices_for(direction) for direction in ("forward", "backward"))
+            forward, backward = (_new_group(self._meeting, key, device, what) for device in devices)
+            self._made[key] = Groups(key, forward, backward, 0, devices)
+        return self._made[key]
+
+
+def connected_ranks(source: _C.Boundary, destination: _C.Boundary, rank: int) -> list[int]:
+    """The ranks that `rank` exchanges something with over a bridge, and that those do, and so on; [] outside of it.
+
+    Lane i of n and lane j of m share samples where [i/n, (i+1)/n) and [j/m, (j+1)/m) overlap.
+    """
+    n, m = len(source.lanes), len(destination.lanes)
+    # The line of samples is cut where lanes of both sides begin: no lane reaches across.
+    cuts = [lane for lane in range(n) if lane * m % n == 0]
+    pieces = []
+    for begin, end in zip(cuts, [*cuts[1:], n], strict=True):
+        lanes = [*source.lanes[begin:end], *destination.lanes[begin * m // n : end * m // n]]
+        pieces.append({member for lane in lanes for member in lane})
+    found = set[int]()
+    # Ranks that are on both sides may join pieces.
+    more = [piece for piece in pieces if rank in piece]
+    while more:
+        found.update(*more)
+        pieces = [piece for piece in pieces if piece not in more]
+        more = [piece for piece in pieces if not found.isdisjoint(piece)]
+    return sorted(found)
+
+
+class _Devices:
+    """One of gloo's network devices (a thread) per interface."""
+
+    def __init__(self, direction: str, interfaces: str) -> None:
+        self.direction = direction
+        make = dist.ProcessGroupGloo
+        # As torch's own groups choose them. Lazy connections would wait for each other's first message.
+        if len(interfaces) > 1:
+            self.devices = [make.create_device(interface=name, lazy_init=False) for name in interfaces.split(",")]
+        else:
+            self.devices = [make.create_default_device(lazy_init=False)]
+
+
+def _devices_for(direction: str) -> _Devices:
+    if not dist.is_gloo_available():
+        raise RuntimeError("expected a PyTorch that was built with gloo")
+    interfaces = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    key = os.getpid(), direction, interfaces
+    devices = _devices.get(key)
+    if devices is None:
+        devices = _devices[key] = _Devices(direction, interfaces)
+    return devices
+
+
+def _new_group(meeting: Meeting, ranks: tuple[int, ...], devices: _Devices, what: str) -> dist.ProcessGroup:
+    assert meeting.store is not None
+    members = hashlib.sha256(",".join(map(str, ranks)).encode()).hexdigest()[:16]
+    store = dist.PrefixStore(f"{devices.direction}/{members}", meeting.store)
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = devices.devices
+    options._threads = 0  # workers: only collectives need them
+    options._timeout = meeting.limit
+    index = ranks.index(meeting.rank)
+    where = f"{what}, rank {meeting.rank}: connections for {devices.direction} traffic"
+    try:
+        backend = dist.ProcessGroupGloo(_Addresses(store, meeting, ranks), index, len(ranks), options)
+    except RuntimeError as error:
+        raise RuntimeError(f"{where}: {error}") from error
+    group = dist.ProcessGroup(store, index, len(ranks))
+    group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+    group._set_group_desc(f"mimo_ext {what} {devices.direction}")
+    return group
+
+
+class _Addresses(dist.Store):
+    """The store that a group connects through: gloo sets this rank's address and then gets one after the other.
+
+    All are fetched at once. Keys are "device/rank in the group".
+    """
+
+    def __init__(self, inner: dist.Store, meeting: Meeting, ranks: Sequence[int]) -> None:
+        super().__init__()
+        self._inner = inner
+        self._meeting = meeting
+        self._ranks = ranks
+        self._fetched: dict[str, bytes] = {}
+
+    def set(self, key: str, value: Any) -> None:
+        self._inner.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        if key not in self._fetched:
+            self._fetch(key)
+        return self._fetched[key]
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        for key in keys:
+            self.get(key)
+
+    def check(self, keys: list[str]) -> bool:
+        return self._inner.check(keys)
+
+    def has_extended_api(self) -> bool:
+        return False
+
+    def _fetch(self, key: str) -> None:
+        device = key.rpartition("/")[0]
+        keys = [f"{device}/{index}" for index in range(len(self._ranks))]
+        if key not in keys:
+            raise RuntimeError(f"expected a key of gloo like {keys[0]!r}, got {key!r}")
+        if not wait_for(self._inner, keys, self._meeting.limit):
+            missing = [rank for rank, one in zip(self._ranks, keys, strict=True) if not self._inner.check([one])]
+            raise RuntimeError(f"waited {self._meeting.limit.total_seconds():g} s for {ranks_text(missing)}")
+        self._fetched.update(zip(keys, self._inner.multi_get(keys), strict=True))
