@@ -30,6 +30,7 @@ from mimo_ext.megatron.adapters import _prepare_tensor_for_comm, _restore_tensor
 from mimo_ext.megatron.bridge_communicator import BridgeCommunicator, default_device
 from mimo_ext.megatron.hop import Shape, StageCommunicator
 from mimo_ext.megatron.overlap import Receives, overlapping
+from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY
 from mimo_ext.megatron.stage_io import Input, Output, StageIO
 from mimo_ext.megatron.topology import (
     DEFAULT_DIM_MAPPING,
@@ -98,6 +99,9 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
         device: where received tensors live; default the current CUDA device if the default group is NCCL's, else the
             CPU.
         model: see `bind`.
+        sharded_delivery: False: whole tensors also to a language model whose ranks use a part each. None: as the bound
+            model says (its argument of this name), if its encoders' outputs have two dimensions. True: raise where
+            that is not so.
 
     Raises:
         ValueError, TypeError: arguments that cannot work; rank, module, expected and got are named.
@@ -115,6 +119,7 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
         timeout: timedelta | None = None,
         device: torch.device | str | None = None,
         model: torch.nn.Module | None = None,
+        sharded_delivery: bool | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise RuntimeError("expected an initialised default process group (torch.distributed.init_process_group)")
@@ -132,6 +137,8 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
         self._row_counts: Mapping[str, deque[list[int]]] | None = None
         self._bridges: list[BridgeCommunicator | Bridge] = []  # all, in the order of their construction
         self._links: tuple[list[Receives], list[Receives]] = [], []  # of activations, of gradients
+        self._sharded_delivery = sharded_delivery
+        self._sharding: Any = None  # of the bound model, where its rows go in shards
         self._closed = False
 
         refusal: Exception | None = None
@@ -139,6 +146,8 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
             self._check_arguments()
             if model is not None:
                 self.bind(model)
+            elif sharded_delivery is True:
+                raise ValueError("sharded_delivery=True: expected the model (model=), got None")
         except Exception as error:
             refusal = error
         agree(None if refusal is not None else self._describe(), refusal)
@@ -177,6 +186,7 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
             "dim_mapping": self._axes,
             "pipeline_dtype": self._dtype,
             "device": self.device.type,
+            "sharded_delivery": [] if self._sharding is None else sorted(self._sharding.modules),
         }
 
     def _output_ndim(self, module_name: str) -> int:
@@ -249,18 +259,27 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
                 is_source_stage=stage == 0 and self._is_source_module(name),
                 is_terminal_stage=stage == last and self._is_sink_module(name),
             )
-            inputs += [Input(str(edge.src_module_name), edge.bridge, is_hop=False) for edge in incoming]
+            inputs += [
+                Input(str(edge.src_module_name), edge.bridge, is_hop=False, destination=name) for edge in incoming
+            ]
             if previous is not None:
                 inputs.append(Input(name, previous, is_hop=True))
             if outgoing:
                 parts = math.lcm(*(edge.row_parts for edge in outgoing))
                 bridges, ndim = [edge.bridge for edge in outgoing], self._output_ndim(name)
-                outputs.append(Output(name, bridges, is_hop=False, ndim=ndim, row_parts=parts))
+                to = [str(edge.dest_module_name) for edge in outgoing]
+                outputs.append(Output(name, bridges, is_hop=False, ndim=ndim, destinations=to, row_parts=parts))
             if following is not None:
                 outputs.append(Output(name, [following], is_hop=True, ndim=None))
         own = [edge.bridge for edge in self.bridge_comms if edge.meets_itself]
         self._io = StageIO(self.current_rank, self._dtype, self.device, inputs, outputs, own)
-        self._links = self._io.links
+        self._share_rows()
+
+    def _share_rows(self) -> None:
+        """Let rows go to the language model in shards, where the bound model wants it."""
+        if hasattr(self, "_io"):  # else bound by the constructor, which comes back here
+            self._io.share(self._sharding, MIMO_LANGUAGE_MODULE_KEY)
+            self._links = self._io.links
 
     def bind(self, model: torch.nn.Module) -> MultiModulePipelineCommunicator:
         """Take the rows of each sample from `model.row_counts[module]`, queues that the model fills once per forward.
@@ -270,11 +289,16 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
         `_mimo_bridge_split_sizes` of the output tensor is used, and without that one the rows are split evenly
         between the samples.
 
+        A model with `sharded` (see its `sharded_delivery`) also says which ranks of the language model use which rows,
+        and those alone travel. `recv_forward` then returns leaves that have their rows only when the model has run.
+        All ranks bind their models, or none does.
+
         Returns:
             self.
 
         Raises:
             TypeError: `model` has no `row_counts`.
+            ValueError: `sharded_delivery=True`, and the model or the dimensions of its outputs do not allow it.
         """
         inner: Any = model
         while not hasattr(inner, "row_counts") and hasattr(inner, "module"):
@@ -284,6 +308,18 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
                 f"expected a model with row_counts (mimo_ext.megatron.model.MimoModel), got {type(inner).__name__}"
             )
         self._row_counts = inner.row_counts
+        self._sharding = None if self._sharded_delivery is False else getattr(inner, "sharded", None)
+        if self._sharding is not None:
+            others = sorted(name for name in self._sharding.modules if self._output_ndim(name) != 2)
+            if others and self._sharded_delivery is True:
+                raise ValueError(f"sharded_delivery=True: expected outputs of 2 dimensions, got others of {others}")
+            self._sharding = None if others else self._sharding
+        if self._sharding is None and self._sharded_delivery is True:
+            raise ValueError(
+                "sharded_delivery=True: expected a model that delivers to its language model in shards, got one that "
+                "does not (sharded_delivery of the model)"
+            )
+        self._share_rows()
         return self
 
     # -- where this rank stands ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections import deque
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -15,10 +16,13 @@ from megatron.core.enums import ModelType
 from megatron.core.models.mimo import MimoModel as _CoreMimoModel
 from megatron.core.models.mimo.config import MimoModelConfig
 from megatron.core.models.mimo.submodules.base import ModalitySubmodules
+from megatron.core.utils import unwrap_model
 
+from mimo_ext import Bridge
 from mimo_ext.megatron.colocated import ColocatedBridges, modules_to_bridge, sizes_of
 from mimo_ext.megatron.module_random import ModuleRandomState, tp_rank_in
 from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout, RankRole
+from mimo_ext.megatron.sharded import OwnPart, SequenceShards, ShardedDelivery
 
 
 class MimoModel(_CoreMimoModel):
@@ -27,6 +31,10 @@ class MimoModel(_CoreMimoModel):
     Args:
         mimo_config: as in megatron-core.
         cp_group, tp_group: groups of the language model, on its ranks.
+        sharded_delivery: whether each rank of a language model with sequence or context parallelism receives the rows
+            of its own part of the sequence only (see `mimo_ext.megatron.sharded`). None: where that is possible. It
+            takes a communicator that is bound to the model, and ``input_ids`` on the encoders' ranks. True: raise
+            where it is not possible. Equal on all ranks.
 
     Attributes:
         role: `RankRole` of this rank, from ``mimo_config.module_to_grid_map``.
@@ -35,6 +43,7 @@ class MimoModel(_CoreMimoModel):
         row_counts: modality name -> queue with the per-sample row counts (``list[int]``) of the last output of that
             encoder. The communicator takes the entry when it sends the output. An entry that nobody took is replaced
             by the next forward's; an empty queue means that the counts are unknown.
+        sharded: what sharded delivery needs, None where there is none. The communicator takes from it, too.
         pg_collection: groups of this rank's module, set by the provider; Float16Module reads it.
         model_type: what the schedule without a pipeline asks of every model.
 
@@ -46,15 +55,25 @@ class MimoModel(_CoreMimoModel):
     forward or `build_bridges`; `close` ends them.
 
     Raises:
-        ValueError: rank ranges overlap in part, or the grids' keys are not the modules' names.
+        ValueError: rank ranges overlap in part, or the grids' keys are not the modules' names; `sharded_delivery` is
+            True and cannot be.
         RuntimeError: this rank is in no grid.
         NotImplementedError: modules share their ranks and are pipelined there.
     """
 
     released_roles: ClassVar[bool] = False
     _role_is_fixed = False
+    sharded: ShardedDelivery | None = None
+    _part: OwnPart | None = None  # while the language model's first stage runs
 
-    def __init__(self, mimo_config: MimoModelConfig, cp_group: Any = None, tp_group: Any = None) -> None:
+    def __init__(
+        self,
+        mimo_config: MimoModelConfig,
+        cp_group: Any = None,
+        tp_group: Any = None,
+        *,
+        sharded_delivery: bool | None = None,
+    ) -> None:
         modality_names = list(mimo_config.modality_submodules_spec)
         grids = mimo_config.module_to_grid_map
         # Modules on the language model's ranks with other sizes; each draws its random numbers apart.
@@ -86,6 +105,12 @@ class MimoModel(_CoreMimoModel):
         self.pg_collection: Any = None
         self.model_type = ModelType.encoder_or_decoder
         self.row_counts: dict[str, deque[list[int]]] = {name: deque(maxlen=1) for name in modality_names}
+        obstacle = self._obstacle_to_sharded_delivery(modality_names)
+        if sharded_delivery is True and obstacle is not None:
+            raise ValueError(f"Rank {_rank()}: sharded_delivery=True: {obstacle}.")
+        if sharded_delivery is not False and obstacle is None:
+            config = mimo_config.language_model_spec.params["config"]
+            self.sharded = ShardedDelivery.of(grids, config, modality_names)
 
     @property
     def role(self) -> RankRole:
@@ -141,6 +166,25 @@ class MimoModel(_CoreMimoModel):
         return self._forward_all_modules(
             input_ids, position_ids, attention_mask, loss_mask, labels, modality_inputs, packing_kwargs
         )
+
+    def _obstacle_to_sharded_delivery(self, modality_names: Sequence[str]) -> str | None:
+        """Why the rows cannot be delivered in shards; None where they can. The same on all ranks."""
+        if self.role.mode != ModuleLayout.NON_COLOCATED or not modality_names:
+            return "expected encoders on ranks of their own"
+        config, grids = self.mimo_config.language_model_spec.params["config"], self.mimo_config.module_to_grid_map
+        if SequenceShards.of(grids[MIMO_LANGUAGE_MODULE_KEY], config).num_shards == 1:
+            return "expected a language model with sequence parallelism or context parallelism"
+        if "row_shards" not in inspect.signature(Bridge.irecv_forward).parameters:
+            return "expected a bridge that takes row_shards"
+        without_token = [name for name in modality_names if name not in self.special_token_ids]
+        if without_token:
+            return f"expected special_token_ids of {list(modality_names)}, got none of {without_token}"
+        if getattr(self.mimo_config, "kv_format", "sbhd") != "sbhd":
+            return f"expected kv_format 'sbhd', got {self.mimo_config.kv_format!r}"
+        for method in ("align_embeddings_by_token_positions", "get_text_embeddings", "_shard_language_inputs"):
+            if getattr(type(self), method) is not getattr(MimoModel, method):
+                return f"expected MimoModel's own {method}, got that of {type(self).__name__}"
+        return None
 
     def build_bridges(self, timeout: timedelta | None = None) -> None:
         """Build the bridges between modules on the same ranks now, not in the first forward. Collective.
@@ -232,6 +276,48 @@ class MimoModel(_CoreMimoModel):
             rows[name] = bridges.carry(name, output, counts, num_samples, trains=trains)
         return rows
 
+    def _forward_language_module(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        loss_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        input_tensors: dict[str, torch.Tensor] | None,
+        packing_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Any, torch.Tensor | None]:
+        """Run the language model; on its first stage with the rows that have been announced, if there are any."""
+        arriving = {} if self.sharded is None else self.sharded.take(input_tensors)
+        if arriving:
+            assert self.sharded is not None
+            if packing_kwargs is not None:
+                raise ValueError(
+                    f"Rank {_rank()}, module '{MIMO_LANGUAGE_MODULE_KEY}': expected no packing_kwargs, got "
+                    f"{sorted(packing_kwargs)}: packed sequences need sharded_delivery=False."
+                )
+            sharding = self.partition_adapter.cfg
+            if sharding.seq_parallel and sharding.tp_comm_overlap and input_ids.size(-1) != sharding.max_seq_len:
+                raise ValueError(
+                    f"Rank {_rank()}, module '{MIMO_LANGUAGE_MODULE_KEY}': tp_comm_overlap: expected sequences of "
+                    f"length {sharding.max_seq_len} (max_sequence_length), got {input_ids.size(-1)}."
+                )
+            groups = sharding.cp_group, sharding.tp_group
+            self._part = OwnPart(self.sharded, input_ids, self.special_token_ids, arriving, *groups)
+        try:
+            return super()._forward_language_module(
+                input_ids, position_ids, attention_mask, loss_mask, labels, input_tensors, packing_kwargs
+            )
+        finally:
+            self._part = None
+
+    def get_text_embeddings(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, special_token_ids: dict[str, int]
+    ) -> torch.Tensor:
+        """Embeddings of the text positions, ``[rows, h]``: of all, or of this rank's part under sharded delivery."""
+        if self._part is not None:
+            return self._part.text_embeddings(unwrap_model(self.language_model).embedding, position_ids)
+        return super().get_text_embeddings(input_ids, position_ids, special_token_ids)
+
     def _shard_language_inputs(
         self,
         embeddings: torch.Tensor | None,
@@ -244,6 +330,10 @@ class MimoModel(_CoreMimoModel):
         Raises:
             ValueError: the sequence does not divide into the parts of the ranks.
         """
+        if self._part is not None:
+            # The embeddings are those of this rank's positions already.
+            _, *others = super()._shard_language_inputs(None, labels, loss_mask, packed_seq_params)
+            return embeddings, *others
         if self.partition_adapter is not None and packed_seq_params is None:
             sharding = self.partition_adapter.cfg
             parts = 2 * sharding.cp_group.size() if sharding.use_cp else 1
@@ -275,12 +365,14 @@ class MimoModel(_CoreMimoModel):
 
         Returns:
             ``[s, b, h]``, contiguous, in the dtype of the text embeddings (of the first modality where there are none).
-            Positions that no modality fills are zero.
+            Positions that no modality fills are zero. Under sharded delivery: of this rank's positions.
 
         Raises:
             ValueError: no embeddings; unknown modality; rows of different width; the number of rows is not the number
                 of positions; positions of a modality whose embeddings are missing.
         """
+        if self._part is not None:
+            return self._part.combine(modality_embeddings["text"])
         if not modality_embeddings:
             raise ValueError("No modality embeddings provided. At least one modality is required.")
         if input_ids.dim() == 1:
@@ -341,6 +433,8 @@ class MimoModel(_CoreMimoModel):
         """
         queue = self._queue_of(encoder_name)
         queue.clear()
+        if self.sharded is not None:
+            self.sharded.row_shards[encoder_name].clear()
         token_id = self.special_token_ids.get(encoder_name)
         # A program's stand-in for the role may have a mode only.
         is_last_stage = getattr(self.role, "is_last_stage", lambda name: True)
@@ -354,6 +448,9 @@ class MimoModel(_CoreMimoModel):
                 f"token {token_id} in input_ids (per sample: {counts}), got an output of {output.size(0)} rows."
             )
         queue.append(counts)
+        if self.sharded is not None:
+            shards = self.sharded.row_shards_of(encoder_name, encoder_name, input_ids, token_id)
+            self.sharded.row_shards[encoder_name].append(shards)
         output._mimo_bridge_split_sizes = counts
 
     def _queue_of(self, encoder_name: str) -> deque[list[int]]:

@@ -84,6 +84,7 @@ class MimoModelProvider(ProviderBase):
         use_cpu_initialization: leave the model on the CPU.
         init_model_with_meta_device: not supported; True raises NotImplementedError.
         virtual_pipeline_model_parallel_size: not supported above 1; raises NotImplementedError.
+        sharded_delivery: see `MimoModel`.
     """
 
     language_model_spec: ModuleSpec | None = None
@@ -104,6 +105,7 @@ class MimoModelProvider(ProviderBase):
 
     topology: dict[str, list[str]] | None = field(default=None, kw_only=True)
     module_output_ndim: dict[str, int] | None = field(default=None, kw_only=True)
+    sharded_delivery: bool | None = field(default=None, kw_only=True)
 
     @property
     def tensor_model_parallel_size(self) -> int:
@@ -278,6 +280,8 @@ class MimoModelProvider(ProviderBase):
             set_parallel_sizes(language_spec, config.module_parallelisms[MIMO_LANGUAGE_MODULE_KEY])
             leave_scattering_to_mimo_model(language_spec)
             model_groups = {"cp_group": language_groups.cp, "tp_group": language_groups.tp}
+        if self.sharded_delivery is not None:
+            model_groups["sharded_delivery"] = self.sharded_delivery
 
         modality_specs = {}
         for name, spec in self.modality_submodules_spec.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -22,7 +22,7 @@ from mimo_ext.megatron.adapters import (
 from mimo_ext.megatron.overlap import Handle, Receives
 
 if TYPE_CHECKING:
-    from mimo_ext import Bridge
+    from mimo_ext import Bridge, RowShards
 
 
 @dataclass
@@ -33,6 +33,8 @@ class Input:
     bridge: Bridge
     is_hop: bool  # from the previous stage of the same module
     posts_ahead: bool = True  # False: what a receive states is known only when the schedule asks for it
+    destination: str = ""  # the module that it comes to
+    sharded: bool = False  # the model says which rows it takes, when it runs
 
 
 @dataclass
@@ -53,9 +55,43 @@ class Output:
     bridges: list[Bridge]
     is_hop: bool  # to the next stage of the same module
     ndim: int | None  # None: 2 or 3, as the stages please
+    destinations: list[str] = field(default_factory=list)  # modules, one per bridge; none for a hop
     row_parts: int = 1  # 2-D without row counts: rows must split into so many equal parts to be cut for the lanes
     in_flight: deque[Sent] = field(default_factory=deque)
     gradients_ahead: int = 0  # received before the outputs that they belong to were sent
+
+
+class ArrivingRows:
+    """Rows that the schedule has asked for, and whose receive waits for the model to say which of them it takes.
+
+    Attributes:
+        tensor: the leaf that the schedule was given; without rows until `wait`. Its gradient is sent back.
+    """
+
+    def __init__(self, tensor: torch.Tensor, bridge: Bridge) -> None:
+        self.tensor = tensor
+        self._bridge = bridge
+        self._handle: Handle | None = None
+
+    def post(self, row_shards: RowShards) -> None:
+        """Receive this rank's rows of samples that are dealt so."""
+        options: dict[str, Any] = {"row_shards": row_shards}
+        self._handle = self._bridge.irecv_forward(**options)
+
+    def wait(self) -> torch.Tensor:
+        """`tensor` with its rows, ``[rows, h]``."""
+        assert self._handle is not None
+        rows = self._handle.wait()
+        self.tensor.data = rows.detach()
+        return self.tensor.requires_grad_(rows.requires_grad)
+
+
+class Sharding(Protocol):
+    """What a model says of encoders whose rows go to its language model in shards."""
+
+    modules: frozenset[str]
+    row_shards: dict[str, deque[RowShards]]
+    arriving: dict[str, deque[ArrivingRows]]
 
 
 class StageIO:
@@ -86,6 +122,8 @@ class StageIO:
         self._output_keys = sorted(output.module for output in outputs)
         # Bridge -> how many sends this rank is ahead of its own receives: [forward, backward].
         self._ahead = {id(bridge): [0, 0] for bridge in own_bridges}
+        self._sharding: Sharding | None = None
+        self._sharded_to = ""
         self._activations = [
             self._receives(source.bridge, source.bridge.irecv_forward, source.key, "activation", source.posts_ahead)
             for source in inputs
@@ -94,6 +132,18 @@ class StageIO:
             [self._receives(bridge, bridge.irecv_backward, out.module, "gradient") for bridge in out.bridges]
             for out in outputs
         ]
+
+    def share(self, sharding: Sharding | None, destination: str) -> None:
+        """From now on the rows of `sharding.modules` go to module `destination` in shards; None: those of no module."""
+        self._sharding, self._sharded_to = sharding, destination
+        modules = frozenset() if sharding is None else sharding.modules
+        for index, source in enumerate(self._inputs):
+            sharded = not source.is_hop and source.key in modules and source.destination == destination
+            if sharded != source.sharded:
+                source.sharded, source.posts_ahead = sharded, not sharded
+                self._activations[index] = self._receives(
+                    source.bridge, source.bridge.irecv_forward, source.key, "activation", source.posts_ahead
+                )
 
     def _receives(
         self, bridge: Bridge, post: Callable[[], Handle], key: str, what: str, posts_ahead: bool = True
@@ -112,9 +162,15 @@ class StageIO:
         for source in self._inputs:
             self._count_receive(source.bridge, 0, source.key)
         # All are posted before the first is waited for: several encoders arrive side by side.
-        pending = [(source, link.take()) for source, link in zip(self._inputs, self._activations, strict=True)]
+        pending = [
+            (source, None if source.sharded else link.take())
+            for source, link in zip(self._inputs, self._activations, strict=True)
+        ]
         tensors: dict[str, torch.Tensor] = {}
         for source, handle in pending:
+            if handle is None:
+                tensors[source.key] = self._announce(source)
+                continue
             tensor = handle.wait()
             if source.is_hop:
                 restored = _restore_tensor_from_comm(tensor)
@@ -144,17 +200,22 @@ class StageIO:
             self._take_row_counts(t, out, queues, given.get(out.module))
             for out, t in zip(self._outputs, tensors, strict=True)
         ]
-        for output, links, tensor, counts in zip(self._outputs, self._gradients, tensors, counts_of, strict=True):
+        shards_of = [self._take_row_shards(out) for out in self._outputs]
+        for output, links, tensor, counts, shards in zip(
+            self._outputs, self._gradients, tensors, counts_of, shards_of, strict=True
+        ):
             gradient_follows = torch.is_grad_enabled() and not output.gradients_ahead
             if gradient_follows:
                 output.in_flight.append(Sent(tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad))
             elif torch.is_grad_enabled():
                 output.gradients_ahead -= 1
-            for bridge, link in zip(output.bridges, links, strict=True):
+            for index, (bridge, link) in enumerate(zip(output.bridges, links, strict=True)):
                 if output.is_hop:
                     bridge.send_forward(_prepare_tensor_for_comm(tensor))
                 else:
-                    bridge.send_forward(tensor, row_counts=counts)
+                    dealt = shards is not None and output.destinations[index] == self._sharded_to
+                    options: dict[str, Any] = {"row_shards": shards} if dealt else {"row_counts": counts}
+                    bridge.send_forward(tensor, **options)
                     self._count_send(bridge, 0)
                 if gradient_follows:
                     link.expect()
@@ -196,6 +257,26 @@ class StageIO:
         for source, grad in zip(self._inputs, grads, strict=True):
             source.bridge.send_backward(_prepare_tensor_for_comm(grad) if source.is_hop else grad)
             self._count_send(source.bridge, 1)
+
+    def _announce(self, source: Input) -> torch.Tensor:
+        """A leaf for rows that the model is going to receive."""
+        assert self._sharding is not None
+        tensor = torch.empty(0, dtype=self._dtype, device=self._device, requires_grad=torch.is_grad_enabled())
+        self._sharding.arriving[source.key].append(ArrivingRows(tensor, source.bridge))
+        return tensor
+
+    def _take_row_shards(self, output: Output) -> RowShards | None:
+        sharding = self._sharding
+        if sharding is None or output.module not in sharding.modules or self._sharded_to not in output.destinations:
+            return None
+        queue = sharding.row_shards[output.module]
+        if not queue:
+            raise ValueError(
+                f"{self._where(output.module)}: expected an output of which the model knows where its rows go, got "
+                "one without: give input_ids to the encoder's ranks, once for each output that is sent, or build the "
+                "model with sharded_delivery=False"
+            )
+        return queue.popleft()
 
     def _where(self, module: str) -> str:
         return f"rank {self._rank}, module {module}"
