@@ -24,11 +24,11 @@ _meetings: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...] | None, int]] = w
 
 
 class Meeting:
-    """A point that every rank of `group` (default: of the world) comes to, in the same order of meetings.
+    """A point that every one of `ranks` (default: of the world) comes to, in the same order of meetings.
 
     Args:
         what: is set up; for messages, e.g. "bridge 'images -> language'".
-        group: the process group whose ranks meet.
+        ranks: that meet, in the same order on all of them; this rank is one.
         timeout: how long a rank waits for the others, at least; the timeout of the default group where that is longer.
 
     Attributes:
@@ -37,15 +37,17 @@ class Meeting:
         limit: how long to wait for the others.
 
     Raises:
-        RuntimeError: the default process group has no store (MPI).
+        RuntimeError: torch.distributed is not initialized, or its default process group has no store (MPI).
     """
 
-    def __init__(self, what: str, group: dist.ProcessGroup | None = None, timeout: timedelta | None = None) -> None:
+    def __init__(self, what: str, ranks: Sequence[int] | None = None, timeout: timedelta | None = None) -> None:
+        if not dist.is_initialized():
+            raise RuntimeError(f"{what}: torch.distributed is not initialized")
         world = dist.distributed_c10d._get_default_group()
         self.what = what
         self.rank = dist.get_rank()
         everyone = range(dist.get_world_size())
-        self.ranks: Sequence[int] = everyone if group is None else dist.get_process_group_ranks(group)
+        self.ranks: Sequence[int] = everyone if ranks is None else list(ranks)
         key = None if len(self.ranks) == len(everyone) else tuple(self.ranks)
         turns = _meetings.setdefault(world, {})
         self.turn = turns.get(key, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ class Setup:
 
     Args:
         name: for messages.
-        group: as of `Bridge`, for all of them.
+        ranks: that take part, in the same order on all of them; default: all.
         timeout: how long to wait for the other ranks, at least; the timeout of the default process group where that
             is longer.
 
@@ -37,11 +38,15 @@ class Setup:
     """
 
     def __init__(
-        self, name: str = "bridges", group: dist.ProcessGroup | None = None, timeout: timedelta | None = None
+        self, name: str = "bridges", ranks: Sequence[int] | None = None, timeout: timedelta | None = None
     ) -> None:
-        self.group = group
-        self._meeting = Meeting(name, group, timeout)
+        self._meeting = Meeting(name, ranks, timeout)
         self._bridges: list[tuple[Bridge, str]] = []
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        """That take part."""
+        return self._meeting.ranks
 
     @property
     def description(self) -> list[str]:
@@ -107,4 +112,9 @@ def refuse_bridge(name: str, error: Exception, group: dist.ProcessGroup | None =
 
     Their constructors raise ValueError with the text of `error`; this rank raises its own error after the call.
     """
-    Setup(f"bridge '{name}'", group).agree(error)
+    Setup(f"bridge '{name}'", ranks_of(group)).agree(error)
+
+
+def ranks_of(group: dist.ProcessGroup | None) -> list[int] | None:
+    """Of a process group; None stands for all ranks."""
+    return None if group is None else dist.get_process_group_ranks(group)

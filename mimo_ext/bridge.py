@@ -15,7 +15,7 @@ from ._arguments import axes_of, digest_of
 from ._extension import _C
 from ._groups import Groups
 from ._leftovers import finish_leftovers_at_exit
-from ._setup import Setup, refuse_bridge
+from ._setup import Setup, ranks_of, refuse_bridge
 from .layout import Layout, Plan
 
 BridgeError = _C.BridgeError
@@ -76,8 +76,8 @@ class Bridge:
             gradient is still that of the n-th microbatch, and its samples (2-D: rows) are split evenly. By default
             such a call is an error.
         name: of the edge, for messages; default "src.name -> dst.name".
-        setup: set this bridge up together with others; it can be used at the end of the `Setup`'s block. Its group is
-            the bridge's.
+        setup: set this bridge up together with others; it can be used at the end of the `Setup`'s block. `group`
+            is not used then.
 
     Raises:
         ValueError: arguments that do not fit, or that differ between ranks (with both sides' values).
@@ -115,8 +115,6 @@ class Bridge:
         if not dist.is_initialized():
             raise RuntimeError(f"bridge '{self.name}': torch.distributed is not initialized")
         self.rank = dist.get_rank()
-        if setup is not None:
-            group = setup.group
         try:
             if torch.device(device).type != "cpu":
                 raise NotImplementedError(
@@ -131,7 +129,7 @@ class Bridge:
             self._source, self._destination = src.boundary(src_stage), dst.boundary(dst_stage)
             fixed = None if shape is None else self._fixed(tuple(int(extent) for extent in shape))
             ranks = sorted({rank for side in (self._source, self._destination) for lane in side.lanes for rank in lane})
-            members = range(dist.get_world_size()) if group is None else dist.get_process_group_ranks(group)
+            members = setup.ranks if setup is not None else ranks_of(group) or range(dist.get_world_size())
             missing = [rank for rank in ranks if rank not in members]
             if missing:
                 raise ValueError(
@@ -166,7 +164,7 @@ class Bridge:
         if setup is not None:
             setup.add(self, text)
             return
-        with Setup(f"bridge '{self.name}'", group, timeout) as alone:
+        with Setup(f"bridge '{self.name}'", ranks_of(group), timeout) as alone:
             alone.add(self, text)
 
     # Construction

@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicat
 from megatron.core.pipeline_parallel.bridge_communicator import CommRole, RankCommInfo
 
 from mimo_ext import Bridge, BridgeError, Layout
-from mimo_ext.bridge import refuse_bridge
+from mimo_ext._setup import Setup, refuse_bridge
 from mimo_ext.megatron.adapters import SPLIT_SIZES_ATTRIBUTE, is_single_shape
 from mimo_ext.megatron.topology import DEFAULT_DIM_MAPPING, GridShape, check_dim_mapping
 
@@ -51,6 +51,7 @@ class BridgeCommunicator(_MegatronBridge):
         device: where received tensors live; default the current CUDA device if the default group is NCCL's, else the
             CPU.
         max_in_flight: microbatches per direction that are sent but not yet received; a further send waits.
+        setup: as of `Bridge`: set it up together with others.
 
     Attributes:
         bridge: the `mimo_ext.Bridge`.
@@ -90,6 +91,7 @@ class BridgeCommunicator(_MegatronBridge):
         timeout: timedelta | None = None,
         device: torch.device | str | None = None,
         max_in_flight: int | None = None,
+        setup: Setup | None = None,
     ) -> None:
         self.src_grid, self.dest_grid = src_grid, dest_grid
         self.src_module_name, self.dest_module_name = src_module_name, dest_module_name
@@ -107,11 +109,13 @@ class BridgeCommunicator(_MegatronBridge):
             self._layouts = _layout(source, src_grid), _layout(destination, dest_grid)
             options["device"] = torch.device(device) if device is not None else default_device()
         except Exception as error:
-            refuse_bridge(name, error)  # the others are told: they would wait for this rank
+            if setup is None:
+                refuse_bridge(name, error)  # the others are told: they would wait for this rank
             kind = type(error) if type(error) in (TypeError, ValueError) else ValueError
             raise kind(f"bridge '{name}', rank {self.current_rank}: {error}") from error
         options.update({"timeout": timeout} if timeout is not None else {})
         options.update({"max_in_flight": max_in_flight} if max_in_flight is not None else {})
+        options.update({"setup": setup} if setup is not None else {})
         # Gradients may come first, or alone: Megatron's class allows both.
         options["unpaired_backward"] = True
         self.bridge = Bridge(*self._layouts, ndim=tensor_ndim, dtype=self.comm_dtype, name=name, **options)

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from mimo_ext import Bridge, Layout, bridge
+from mimo_ext._setup import Setup
 from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY
 
 
@@ -75,26 +76,20 @@ class ColocatedBridges:
         self.names = modules_to_bridge(grids)
         self.dtype = dtype
         self._edges: dict[str, _Edge] = {}
-        self._group: dist.ProcessGroup | None = None
         language_grid = grids[MIMO_LANGUAGE_MODULE_KEY]
         language = Layout.from_grid(language_grid, name=MIMO_LANGUAGE_MODULE_KEY)
         self.num_lanes = len(language.lanes())
-        if dist.is_initialized() and dist.get_world_size() != language.size:
-            self._group = dist.new_group(
-                list(language.ranks), backend="gloo", use_local_synchronization=True, group_desc="mimo_ext colocated"
-            )
-        options: dict[str, Any] = {"group": self._group}
-        if timeout is not None:
-            options["timeout"] = timeout
+        options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         try:
-            for name in self.names:
-                encoder = Layout.from_grid(grids[name], name=name)
-                what = f"{name} -> {MIMO_LANGUAGE_MODULE_KEY}"
-                rows = Bridge(encoder, language, dtype=dtype, device=device, name=what, **options)
-                self._edges[name] = _Edge(name, rows)
-                self._edges[name].counts = Bridge(
-                    language, encoder, dtype=torch.int64, name=f"row counts of {what}", **options
-                )
+            with Setup("colocated modules", language.ranks, timeout) as setup:
+                for name in self.names:
+                    encoder = Layout.from_grid(grids[name], name=name)
+                    what = f"{name} -> {MIMO_LANGUAGE_MODULE_KEY}"
+                    rows = Bridge(encoder, language, dtype=dtype, device=device, name=what, setup=setup, **options)
+                    self._edges[name] = _Edge(name, rows)
+                    self._edges[name].counts = Bridge(
+                        language, encoder, dtype=torch.int64, name=f"row counts of {what}", setup=setup, **options
+                    )
         except BaseException:
             self.close(abort=True)
             raise
@@ -163,10 +158,6 @@ class ColocatedBridges:
         for edge in self._edges.values():
             edge.close(abort)
         self._edges.clear()
-        group, self._group = self._group, None
-        if group is not None and dist.is_initialized():
-            with contextlib.suppress(ValueError, AssertionError, RuntimeError):
-                dist.destroy_process_group(group)
 
 
 class _Edge:

@@ -26,6 +26,7 @@ from megatron.core.pipeline_parallel.multimodule_communicator import (
 from torch.profiler import record_function
 
 from mimo_ext import Bridge, Layout
+from mimo_ext._setup import Setup
 from mimo_ext.megatron.adapters import _prepare_tensor_for_comm, _restore_tensor_from_comm
 from mimo_ext.megatron.bridge_communicator import BridgeCommunicator, default_device
 from mimo_ext.megatron.hop import Shape, StageCommunicator
@@ -141,6 +142,8 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
         self._sharding: Any = None  # of the bound model, where its rows go in shards
         self._closed = False
 
+        # The bridges are described first, then the ranks meet once for all of them, and then they are connected.
+        setup = Setup("MultiModulePipelineCommunicator")
         refusal: Exception | None = None
         try:
             self._check_arguments()
@@ -148,14 +151,15 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
                 self.bind(model)
             elif sharded_delivery is True:
                 raise ValueError("sharded_delivery=True: expected the model (model=), got None")
+            self._build_bridge_comms(setup)
+            self._build_hops(setup)
         except Exception as error:
             refusal = error
-        agree(None if refusal is not None else self._describe(), refusal)
+        agree(setup.compare, None if refusal is not None else self._describe(setup), refusal)
         if dim_mapping is None and self.current_rank == 0:
             warn_of_assumed_axes(logger, self.topology, self.module_to_grid_map, self._output_ndim)
         try:
-            self._build_bridge_comms()
-            self._build_hops()
+            setup.connect()
         except BaseException:
             self.close(abort=True)
             raise
@@ -175,7 +179,7 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
             raise TypeError(f"config.pipeline_dtype: expected a torch.dtype, got {dtype!r}")
         self._dtype = dtype
 
-    def _describe(self) -> dict[str, Any]:
+    def _describe(self, setup: Setup) -> dict[str, Any]:
         return {
             "grids": {
                 name: {"rank_offset": grid.rank_offset, "shape": grid.shape, "dim_names": grid.dim_names}
@@ -187,18 +191,19 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
             "pipeline_dtype": self._dtype,
             "device": self.device.type,
             "sharded_delivery": [] if self._sharding is None else sorted(self._sharding.modules),
+            "bridges": {str(index): text for index, text in enumerate(setup.description)},
         }
 
     def _output_ndim(self, module_name: str) -> int:
         return int(self.module_output_ndim.get(module_name, 3))
 
-    def _bridge_options(self) -> dict[str, Any]:
+    def _bridge_options(self, setup: Setup) -> dict[str, Any]:
         # 1F1B has at most one microbatch per stage under way; this bounds the forward-only schedule, too.
-        options: dict[str, Any] = {"device": self.device, "max_in_flight": self.total_stages + 1}
+        options: dict[str, Any] = {"device": self.device, "max_in_flight": self.total_stages + 1, "setup": setup}
         return options if self.timeout is None else {**options, "timeout": self.timeout}
 
-    def _build_bridge_comms(self) -> None:
-        """Create one bridge per edge of the topology: on every rank, in one sorted order."""
+    def _build_bridge_comms(self, setup: Setup) -> None:
+        """Describe one bridge per edge of the topology: on every rank, in one sorted order."""
         for source in sorted(self.topology):
             for destination in sorted(self.topology[source]):
                 edge = BridgeCommunicator(
@@ -209,13 +214,13 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
                     source,
                     destination,
                     self._output_ndim(source),
-                    **self._bridge_options(),
+                    **self._bridge_options(setup),
                 )
                 self.bridge_comms.append(edge)
                 self._bridges.append(edge)
 
-    def _build_hops(self) -> None:
-        """Create the bridges between consecutive stages of the modules: on every rank, in one sorted order."""
+    def _build_hops(self, setup: Setup) -> None:
+        """Describe the bridges between consecutive stages of the modules: on every rank, in one sorted order."""
         for name in sorted(self._grids):
             grid = self._grids[name]
             for stage in range(grid.pp_size - 1):
@@ -231,7 +236,7 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
                     dtype=self._dtype,
                     unpaired_backward=True,  # as the edges
                     name=f"{name} stage {stage} -> stage {stage + 1}",
-                    **self._bridge_options(),
+                    **self._bridge_options(setup),
                 )
                 self._hops[name, stage] = hop
                 self._bridges.append(hop)

@@ -6,11 +6,9 @@ converted once into `GridShape`, and checked strictly from there on. No process 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -216,10 +214,15 @@ def check_output_ndim(module_output_ndim: Mapping[str, int], modules: Mapping[st
             raise ValueError(f"module_output_ndim: expected 2 or 3 for module {name}, got {ndim!r}")
 
 
-def agree(description: Mapping[str, Any] | None, refusal: Exception | None = None) -> None:
+def agree(
+    compare: Callable[[str], list[tuple[list[int], str]] | None],
+    description: Mapping[str, Any] | None,
+    refusal: Exception | None = None,
+) -> None:
     """Collective over the default process group: go on only if every rank describes the same model.
 
     Args:
+        compare: tells which ranks gave which text, None where all gave the same: `mimo_ext._setup.Setup.compare`.
         description: what must be equal everywhere, as nested dicts of plain values; None where this rank refuses.
         refusal: this rank's own error. It is raised here only after the other ranks have heard of it: a rank that
             raised at once would leave them waiting.
@@ -228,32 +231,30 @@ def agree(description: Mapping[str, Any] | None, refusal: Exception | None = Non
         ValueError: another rank refuses its arguments; its reason is in the message.
         RuntimeError: the descriptions differ; the message names the ranks, and for each what was expected and got.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    text = json.dumps(description, sort_keys=True, default=str)
-    mine = (hashlib.sha256(text.encode()).hexdigest(), None if refusal is None else str(refusal))
-    votes: list[Any] = [None] * world_size
-    dist.all_gather_object(votes, mine)
+    rank = dist.get_rank()
+    mine = {"refusal": str(refusal)} if refusal is not None else {"description": description}
+    given = compare(json.dumps(mine, sort_keys=True, default=str))
     if refusal is not None:
-        kind = type(refusal) if type(refusal) in (TypeError, ValueError) else ValueError
+        kind = type(refusal) if type(refusal) in (TypeError, ValueError, NotImplementedError) else ValueError
         raise kind(f"rank {rank}: {refusal}") from refusal
-    refusals = {other: reason for other, (_, reason) in enumerate(votes) if reason is not None}
-    if refusals:
-        other, reason = next(iter(refusals.items()))
-        raise ValueError(f"rank {rank}: rank {other} refused its arguments ({len(refusals)} rank(s) in all): {reason}")
-    digests = [digest for digest, _ in votes]
-    if len(set(digests)) == 1:
+    if given is None:
         return
-    texts: list[Any] = [None] * world_size
-    dist.all_gather_object(texts, text)
-    # most_common keeps the order of first appearance, so that a tie goes to the lowest rank.
-    expected = Counter(texts).most_common(1)[0][0]
+    votes = [(ranks, json.loads(text)) for ranks, text in given]
+    refusals = {other: vote["refusal"] for ranks, vote in votes if "refusal" in vote for other in ranks}
+    if refusals:
+        other = min(refusals)
+        raise ValueError(
+            f"rank {rank}: rank {other} refused its arguments ({len(refusals)} rank(s) in all): {refusals[other]}"
+        )
+    # What most ranks say is expected; a tie goes to the lowest rank.
+    expected = max(votes, key=lambda vote: (len(vote[0]), -min(vote[0])))[1]["description"]
     lines = [f"rank {rank}: the ranks were given different models:"]
-    for other_text in dict.fromkeys(texts):
-        if other_text == expected:
-            continue
-        ranks = [other for other, value in enumerate(texts) if value == other_text]
+    for ranks, vote in votes:
+        differences = _differences(expected, vote["description"])
+        # What a bridge is made of follows from the rest, where that differs.
+        differences = [line for line in differences if not line.startswith("bridges.")] or differences
         shown = ", ".join(map(str, ranks[:16])) + (", ..." if len(ranks) > 16 else "")
-        lines += [f"  rank(s) {shown}: {line}" for line in _differences(json.loads(expected), json.loads(other_text))]
+        lines += [f"  rank(s) {shown}: {line}" for line in differences]
     raise RuntimeError("\n".join(lines))
 
 

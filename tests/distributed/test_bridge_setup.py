@@ -204,7 +204,7 @@ def two_bridges(*, third: bool = False, **second: object) -> mimo_ext.Bridge:
 def disagree(rank: int, world_size: int) -> list[str]:
     texts = []
     for odd, options in ((3, {"dtype": torch.float64}), (3, {"max_in_flight": 0}), (2, {"third": True})):
-        with pytest.raises(ValueError, match="max_in_flight|two bridges") as caught:
+        with pytest.raises(ValueError, match=r"max_in_flight|two bridges") as caught:
             two_bridges(**(options if rank == odd else {}))  # type: ignore[arg-type]
         texts.append(str(caught.value))
     exchange([two_bridges()], rank)  # and nobody is out of step

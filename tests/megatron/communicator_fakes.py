@@ -102,12 +102,32 @@ class FakeDist:
     def get_backend(self) -> str:
         return self._backend
 
-    def all_gather_object(self, objects: list[Any], mine: Any) -> None:
-        world = self._world
-        call = world.collectives[world.rank]
-        world.collectives[world.rank] += 1
-        world.put(("all_gather", call), world.rank, mine)
-        objects[:] = world.take(("all_gather", call), list(range(world.size)))
+
+def fake_setup_class(world: FakeWorld) -> type:
+    """A stand-in for `mimo_ext._setup.Setup` in `world`."""
+
+    class FakeSetup:
+        def __init__(self, name: str) -> None:
+            self.description: list[str] = []
+            self._bridges: list[Any] = []
+
+        def add(self, bridge: Any, text: str) -> None:
+            self._bridges.append(bridge)
+            self.description.append(text)
+
+        def compare(self, text: str) -> list[tuple[list[int], str]] | None:
+            call = world.collectives[world.rank]
+            world.collectives[world.rank] += 1
+            world.put(("meeting", call), world.rank, text)
+            texts = world.take(("meeting", call), list(range(world.size)))
+            by_text = {one: [rank for rank in range(world.size) if texts[rank] == one] for one in texts}
+            return None if len(by_text) == 1 else [(ranks, one) for one, ranks in by_text.items()]
+
+        def connect(self) -> None:
+            for bridge in self._bridges:
+                world.made[world.rank].append(bridge.name)
+
+    return FakeSetup
 
 
 class _Handle:
@@ -133,13 +153,17 @@ def fake_bridge_class(world: FakeWorld) -> type:
             timeout: Any = None,
             max_in_flight: int = 32,
             unpaired_backward: bool = False,
+            setup: Any = None,
         ) -> None:
             self.name, self.ndim, self.dtype, self.timeout = name, ndim, dtype, timeout
             self.batch_dim = batch_dim if ndim == 3 else 0
             self.rank = world.rank
             self.source_lanes, self.destination_lanes = src.lanes(-1), dst.lanes(0)
             self.counts: dict[str, int] = defaultdict(int)
-            world.made[self.rank].append(name)
+            if setup is None:
+                world.made[self.rank].append(name)
+            else:
+                setup.add(self, f"{name}: {src.lanes(-1)} {dst.lanes(0)}")
 
         def _next(self, what: str) -> int:
             self.counts[what] += 1
@@ -238,6 +262,7 @@ def install(monkeypatch: pytest.MonkeyPatch, size: int, backend: str = "gloo") -
     fake = FakeDist(world, backend)
     monkeypatch.setattr(communicator, "dist", fake)
     monkeypatch.setattr(topology, "dist", fake)
+    monkeypatch.setattr(communicator, "Setup", fake_setup_class(world))
     bridge_class = fake_bridge_class(world)
     for module in (communicator, bridge_communicator):
         monkeypatch.setattr(module, "Bridge", bridge_class)

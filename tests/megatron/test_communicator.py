@@ -301,6 +301,8 @@ def test_dtype_device_axes_and_timeout_reach_the_bridges(worlds: Any, monkeypatc
         "device": torch.device("cpu"),
         "name": "images -> language",
     }
+    setups = [kwargs.pop("setup") for kwargs in seen]
+    assert [[text.split(":")[0] for text in setup.description] for setup in setups] == [["images -> language"]] * 3
     assert seen[0] == {**common, "batch_dim": 0, "seq_dim": 1}  # Megatron's default
     assert seen[1].pop("timeout").seconds == 3
     assert seen[1] == {**common, "batch_dim": 1, "seq_dim": 0, "device": torch.device("meta")}
