@@ -17,6 +17,7 @@ from ._groups import Groups
 from ._leftovers import finish_leftovers_at_exit
 from ._setup import Setup, ranks_of, refuse_bridge
 from .layout import Layout, Plan
+from .row_shards import RowShards
 
 BridgeError = _C.BridgeError
 BridgeTimeoutError = _C.BridgeTimeoutError
@@ -24,10 +25,24 @@ BridgeTimeoutError = _C.BridgeTimeoutError
 __all__ = ["Bridge", "BridgeError", "BridgeTimeoutError", "Handle", "bridge", "refuse_bridge"]
 
 
+_NO_COUNTS = dict.fromkeys(("sends", "receives", "bytes_sent", "bytes_received", "transfer_s", "exposed_s"), 0)
+
+
+def _nothing(_: Any) -> None:
+    return None
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
 class Handle:
     """An operation that is under way. `wait()` returns what the blocking form returns, and raises what it raises."""
 
-    def __init__(self, communicator: _C.Communicator, delivery: _C.Delivery, finish: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, communicator: _C.Communicator, delivery: _C.Delivery | None, finish: Callable[[Any], Any]
+    ) -> None:
+        assert delivery is not None
         self._communicator = communicator
         self._delivery = delivery
         self._finish: Callable[[Any], Any] | None = finish
@@ -188,6 +203,7 @@ class Bridge:
             tag_offset=groups.first_tag if groups else 0,
             **self._options,
         )
+        self._open = self._communicator
         # Where close() was forgotten: what has been sent still arrives, and no thread outlives the interpreter.
         finish_leftovers_at_exit()
         self._finalizer = weakref.finalize(self, self._communicator.leave)
@@ -250,16 +266,19 @@ class Bridge:
         )
         return Plan(self._source, self._destination, microbatch, False, *self._chunking)
 
-    @property
-    def _open(self) -> _C.Communicator:
-        if self._communicator is None:
-            raise BridgeError(f"bridge '{self.name}': its setup did not finish")
-        return self._communicator
+    def __getattr__(self, name: str) -> Any:
+        if name == "_open":  # set when the ranks have met
+            raise BridgeError(f"bridge '{self.__dict__.get('name')}': its setup did not finish")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    # The six operations
+    # The six operations. Each blocking one is a single call into C++.
 
     def isend_forward(
-        self, x: torch.Tensor, row_counts: Sequence[int] | None = None, num_samples: int | None = None
+        self,
+        x: torch.Tensor,
+        row_counts: Sequence[int] | None = None,
+        num_samples: int | None = None,
+        row_shards: RowShards | None = None,
     ) -> Handle:
         """Enqueue this lane's activation; the handle's `wait()` returns None once the storage is free again.
 
@@ -268,31 +287,55 @@ class Bridge:
                 change it in place before the handle has ended; freeing it (or swapping `x.data`) is fine.
             row_counts: 2-D only: rows of each sample of this lane. Default: the rows split evenly.
             num_samples: of the global microbatch; default: as many in every source lane as here.
+            row_shards: 2-D only: which of its rows each rank of a destination lane uses; no others are sent. It tells
+                the row counts and the number of samples, too. The destination has to give the same for the samples
+                that it shares with this lane.
 
         Raises:
             ValueError: dtype, axes, device or rows that do not fit, before anything is sent.
             BridgeError: this rank is not on the source side, the bridge is closed, or an earlier operation failed.
         """
-        self._check_tensor(x, "send_forward")
-        counts = None if row_counts is None else [int(count) for count in row_counts]
-        with torch.profiler.record_function("mimo_ext::send_forward"):
-            delivery = self._open.send_forward(x, counts, num_samples)
-        return Handle(self._open, delivery, lambda _: None)
+        delivery = self._send_forward(x, row_counts, num_samples, row_shards, True)
+        return Handle(self._open, delivery, _nothing)
 
     def send_forward(
-        self, x: torch.Tensor, row_counts: Sequence[int] | None = None, num_samples: int | None = None
+        self,
+        x: torch.Tensor,
+        row_counts: Sequence[int] | None = None,
+        num_samples: int | None = None,
+        row_shards: RowShards | None = None,
     ) -> None:
         """As `isend_forward`, without a handle: returns once enqueued and never waits for the receiver."""
-        self.isend_forward(x, row_counts, num_samples)
+        self._send_forward(x, row_counts, num_samples, row_shards, False)
 
-    def irecv_forward(self) -> Handle:
+    def _send_forward(
+        self,
+        x: torch.Tensor,
+        row_counts: Sequence[int] | None,
+        num_samples: int | None,
+        row_shards: RowShards | None,
+        want_delivery: bool,
+    ) -> _C.Delivery | None:
+        if row_counts is not None:
+            row_counts = [int(count) for count in row_counts]
+        try:
+            return self._open.send_forward(x, row_counts, num_samples, row_shards, want_delivery)
+        except TypeError:
+            self._check_tensor(x, "send_forward")
+            raise
+
+    def irecv_forward(self, row_shards: RowShards | None = None) -> Handle:
         """Post the receive of the next microbatch; `wait()` returns a leaf tensor.
 
         It has `requires_grad=True` (floating dtypes), unless the sender or the receiver ran under `torch.no_grad()`.
+        The receive makes progress by itself, whatever the caller does meanwhile.
+
+        Args:
+            row_shards: as the sender has them, for the samples of this lane: the tensor then holds the rows of this
+                rank's shard only.
         """
         wants_backward = torch.is_grad_enabled()
-        with torch.profiler.record_function("mimo_ext::recv_forward"):
-            delivery = self._open.recv_forward()
+        delivery = self._open.irecv_forward(row_shards)
 
         def finish(y: torch.Tensor) -> torch.Tensor:
             if not wants_backward:
@@ -301,41 +344,66 @@ class Bridge:
 
         return Handle(self._open, delivery, finish)
 
-    def recv_forward(self) -> torch.Tensor:
-        """The next microbatch of this lane.
+    def recv_forward(self, row_shards: RowShards | None = None) -> torch.Tensor:
+        """The next microbatch of this lane; as `irecv_forward`, carried out by the calling thread.
 
         Raises:
             BridgeTimeoutError: nothing came within the timeout; names the peer and the microbatch.
             BridgeError: a peer died or sent something else than expected, or this rank is not on the destination side.
         """
-        with torch.profiler.record_function("mimo_ext::recv_forward.wait"):
-            return self.irecv_forward().wait()
+        return self._open.recv_forward(row_shards)
 
     def isend_backward(self, dy: torch.Tensor | None) -> Handle:
         """Enqueue the gradient of the oldest received microbatch that waits for one.
 
         None says that there is none; with static shapes, zeros are sent in its place.
         """
-        if dy is not None:
-            self._check_tensor(dy, "send_backward")
-        with torch.profiler.record_function("mimo_ext::send_backward"):
-            delivery = self._open.send_backward(dy)
-        return Handle(self._open, delivery, lambda _: None)
+        return Handle(self._open, self._send_backward(dy, True), _nothing)
 
     def send_backward(self, dy: torch.Tensor | None) -> None:
         """As `isend_backward`, without a handle."""
-        self.isend_backward(dy)
+        self._send_backward(dy, False)
+
+    def _send_backward(self, dy: torch.Tensor | None, want_delivery: bool) -> _C.Delivery | None:
+        try:
+            return self._open.send_backward(dy, want_delivery)
+        except TypeError:
+            self._check_tensor(dy, "send_backward")
+            raise
 
     def irecv_backward(self) -> Handle:
         """Post the receive of the oldest outstanding gradient; `wait()` returns it, or None where there is none."""
-        with torch.profiler.record_function("mimo_ext::recv_backward"):
-            delivery = self._open.recv_backward()
-        return Handle(self._open, delivery, lambda dx: dx)
+        return Handle(self._open, self._open.irecv_backward(), _unchanged)
 
     def recv_backward(self) -> torch.Tensor | None:
         """The gradient of the oldest sent microbatch; errors as `recv_forward`."""
-        with torch.profiler.record_function("mimo_ext::recv_backward.wait"):
-            return self.irecv_backward().wait()
+        return self._open.recv_backward()
+
+    # What it tells about itself
+
+    def telemetry(self) -> dict[str, dict[str, float]]:
+        """What this rank has moved so far, for "forward" and "backward" each. Always counted, at no measurable cost.
+
+        `sends`, `receives`: operations; `bytes_sent`, `bytes_received`: payload, with the copies between the ranks of
+        a lane; `transfer_s`: seconds from the start of each receive (its header has come; static shapes: it was
+        posted) to its end; `exposed_s`: seconds for which the caller was blocked in a receive.
+        """
+        sides = {"forward": True, "backward": False}
+        return {side: self._open.counters(forward) or dict(_NO_COUNTS) for side, forward in sides.items()}
+
+    def start_trace(self, capacity: int = 10_000) -> None:
+        """Record the next operations; the last `capacity` are kept. 0 ends recording."""
+        self._open.start_trace(capacity)
+
+    def trace_events(self) -> list[dict[str, Any]]:
+        """What was recorded, in the order in which operations ended.
+
+        Each is a dict of `operation` ("send_forward", ...), `microbatch`, `bytes`, and the times `posted_ns`,
+        `started_ns` (as in `telemetry`), `done_ns`, `wait_begin_ns` and `wait_end_ns` (0 where nobody waited) on the
+        clock of `time.monotonic_ns`, which is one for all processes of a host. A receive is recorded when it has been
+        waited for.
+        """
+        return self._open.trace_events()
 
     def _check_tensor(self, x: Any, operation: str) -> None:
         if not isinstance(x, torch.Tensor):

@@ -61,6 +61,39 @@ std::optional<at::Tensor> optional_tensor(at::Tensor tensor) {
   return tensor;
 }
 
+/// None on a rank that is on neither side.
+py::object counters_of(const Communicator& communicator, bool forward) {
+  const auto* counters = communicator.counters(forward ? core::Direction::kForward : core::Direction::kBackward);
+  if (counters == nullptr) return py::none();
+  constexpr double kSecond = 1e9;
+  py::dict found;
+  found["sends"] = counters->sends.load();
+  found["receives"] = counters->receives.load();
+  found["bytes_sent"] = counters->bytes_sent.load();
+  found["bytes_received"] = counters->bytes_received.load();
+  found["transfer_s"] = static_cast<double>(counters->transfer_ns.load()) / kSecond;
+  found["exposed_s"] = static_cast<double>(counters->exposed_ns.load()) / kSecond;
+  return found;
+}
+
+py::list events_of(Communicator& communicator) {
+  py::list events;
+  for (const comm::Event& event : communicator.trace().events()) {
+    const std::string side = event.is_send ? "send" : "recv";
+    py::dict entry;
+    entry["operation"] = side + (event.is_forward ? "_forward" : "_backward");
+    entry["microbatch"] = event.microbatch;
+    entry["bytes"] = event.bytes;
+    entry["posted_ns"] = event.times.posted;
+    entry["started_ns"] = event.times.started;
+    entry["done_ns"] = event.times.ended;
+    entry["wait_begin_ns"] = event.wait_began;
+    entry["wait_end_ns"] = event.wait_ended;
+    events.append(entry);
+  }
+  return events;
+}
+
 }  // namespace
 
 void register_comm(py::module_& m) {
@@ -85,19 +118,42 @@ void register_comm(py::module_& m) {
       .def_property_readonly("closed", &Communicator::closed)
       .def_property_readonly("outstanding", &Communicator::outstanding)
       .def("last_plan", &Communicator::last_plan)
-      .def("send_forward", &Communicator::send_forward, Release(), py::arg("x"), py::arg("row_counts"),
-           py::arg("num_samples"))
-      .def("recv_forward", &Communicator::recv_forward, Release())
+      .def(
+          "send_forward",
+          [](Communicator& c, const at::Tensor& x, const std::optional<std::vector<std::int64_t>>& row_counts,
+             std::optional<std::int64_t> num_samples, std::shared_ptr<core::RowShards> row_shards, bool want_delivery) {
+            return c.send_forward(x, row_counts, num_samples, std::move(row_shards), want_delivery);
+          },
+          Release(), py::arg("x"), py::arg("row_counts") = py::none(), py::arg("num_samples") = py::none(),
+          py::arg("row_shards") = nullptr, py::arg("want_delivery") = false)
       .def(
           "send_backward",
-          [](Communicator& c, const std::optional<at::Tensor>& gradient) {
-            return c.send_backward(gradient.value_or(at::Tensor()));
+          [](Communicator& c, const std::optional<at::Tensor>& gradient, bool want_delivery) {
+            return c.send_backward(gradient.value_or(at::Tensor()), want_delivery);
           },
-          Release(), py::arg("gradient").none(true))
-      .def("recv_backward", &Communicator::recv_backward, Release())
+          Release(), py::arg("gradient").none(true), py::arg("want_delivery") = false)
       .def(
-          "wait", [](const Communicator& c, const Delivery& delivery) { return optional_tensor(c.wait(delivery)); },
-          Release(), py::arg("delivery"))
+          "irecv_forward",
+          [](Communicator& c, std::shared_ptr<core::RowShards> row_shards) {
+            return c.irecv_forward(std::move(row_shards));
+          },
+          Release(), py::arg("row_shards") = nullptr)
+      .def("irecv_backward", &Communicator::irecv_backward, Release())
+      .def(
+          "recv_forward",
+          [](Communicator& c, std::shared_ptr<core::RowShards> row_shards) {
+            return optional_tensor(c.recv_forward(std::move(row_shards)));
+          },
+          Release(), py::arg("row_shards") = nullptr)
+      .def(
+          "recv_backward", [](Communicator& c) { return optional_tensor(c.recv_backward()); }, Release())
+      .def(
+          "wait", [](Communicator& c, Delivery& delivery) { return optional_tensor(c.wait(delivery)); }, Release(),
+          py::arg("delivery"))
+      .def("counters", &counters_of, py::arg("forward"))
+      .def(
+          "start_trace", [](Communicator& c, std::size_t capacity) { c.trace().start(capacity); }, py::arg("capacity"))
+      .def("trace_events", &events_of)
       .def("close", &Communicator::close, Release(), py::arg("abort") = false)
       .def("leave", &Communicator::leave, Release());
 

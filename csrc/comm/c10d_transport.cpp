@@ -1,5 +1,7 @@
 #include "comm/c10d_transport.h"
 
+#include <algorithm>
+
 namespace mimo_ext::comm {
 
 namespace {
@@ -15,38 +17,27 @@ std::string without_advice(const std::string& what) {
   return what.substr(0, what.find(". This is typically caused by"));
 }
 
-class WorkRequest final : public Request {
- public:
-  WorkRequest(c10::intrusive_ptr<c10d::Work> work, at::Tensor tensor)
-      : work_(std::move(work)), tensor_(std::move(tensor)) {}
-
-  void wait(std::chrono::milliseconds timeout) override {
-    // gloo reads 0 ms as "no timeout".
-    const auto limit = std::max(timeout, std::chrono::milliseconds(1));
-    bool completed = false;
-    try {
-      completed = work_->wait(limit);
-    } catch (const std::exception& error) {
-      const std::string what = error.what();
-      throw TransportError(without_advice(what), says_timeout(what));
-    }
-    if (!completed) throw TransportError("aborted", false);
-  }
-
-  void abort() override {
-    try {
-      work_->abort();
-    } catch (const std::exception&) {
-      // A message that cannot be aborted ends by its own timeout.
-    }
-  }
-
- private:
-  c10::intrusive_ptr<c10d::Work> work_;
-  at::Tensor tensor_;
-};
-
 }  // namespace
+
+bool Request::wait(std::chrono::milliseconds timeout) {
+  // gloo reads 0 ms as "no timeout".
+  const auto limit = std::max(timeout, std::chrono::milliseconds(1));
+  try {
+    return work_->wait(limit);
+  } catch (const std::exception& error) {
+    const std::string what = error.what();
+    throw TransportError(without_advice(what), says_timeout(what));
+  }
+}
+
+void Request::interrupt() {
+  try {
+    // For gloo this wakes the waiting thread and nothing more: the message goes on, and may be waited for again.
+    work_->abort();
+  } catch (const std::exception&) {
+    // A message that cannot be interrupted ends by its own timeout.
+  }
+}
 
 C10dTransport::C10dTransport(c10::intrusive_ptr<c10d::ProcessGroup> group, const std::vector<int>& ranks)
     : group_(std::move(group)), backend_(group_->getBackend(c10::DeviceType::CPU)) {
@@ -58,7 +49,7 @@ C10dTransport::C10dTransport(c10::intrusive_ptr<c10d::ProcessGroup> group, const
   rank_ = ranks[static_cast<std::size_t>(group_->getRank())];
 }
 
-int C10dTransport::group_rank(int peer) const {
+int C10dTransport::index_of(int peer) const {
   const auto found = group_ranks_.find(peer);
   if (found == group_ranks_.end()) {
     throw std::invalid_argument("rank " + std::to_string(peer) + " is not in the bridge's process group");
@@ -66,14 +57,12 @@ int C10dTransport::group_rank(int peer) const {
   return found->second;
 }
 
-std::unique_ptr<Request> C10dTransport::send(const at::Tensor& tensor, int peer, int tag) {
-  std::vector<at::Tensor> tensors{tensor};
-  return std::make_unique<WorkRequest>(backend_->send(tensors, group_rank(peer), tag), tensor);
+Request C10dTransport::send(std::vector<at::Tensor>& tensor, int index, int tag) {
+  return Request(backend_->send(tensor, index, tag));
 }
 
-std::unique_ptr<Request> C10dTransport::recv(const at::Tensor& tensor, int peer, int tag) {
-  std::vector<at::Tensor> tensors{tensor};
-  return std::make_unique<WorkRequest>(backend_->recv(tensors, group_rank(peer), tag), tensor);
+Request C10dTransport::recv(std::vector<at::Tensor>& tensor, int index, int tag) {
+  return Request(backend_->recv(tensor, index, tag));
 }
 
 }  // namespace mimo_ext::comm

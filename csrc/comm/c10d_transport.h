@@ -17,12 +17,11 @@ class C10dTransport final : public Transport {
   C10dTransport(c10::intrusive_ptr<c10d::ProcessGroup> group, const std::vector<int>& ranks);
 
   int rank() const override { return rank_; }
-  std::unique_ptr<Request> send(const at::Tensor& tensor, int peer, int tag) override;
-  std::unique_ptr<Request> recv(const at::Tensor& tensor, int peer, int tag) override;
+  int index_of(int peer) const override;
+  Request send(std::vector<at::Tensor>& tensor, int index, int tag) override;
+  Request recv(std::vector<at::Tensor>& tensor, int index, int tag) override;
 
  private:
-  int group_rank(int peer) const;
-
   c10::intrusive_ptr<c10d::ProcessGroup> group_;
   c10::intrusive_ptr<c10d::Backend> backend_;
   std::unordered_map<int, int> group_ranks_;

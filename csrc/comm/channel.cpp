@@ -1,48 +1,70 @@
-// Construction, plans, sending. Receiving is in channel_receive.cpp.
+// Construction, programs, and what sending and receiving share.
 #include "comm/channel.h"
 
-#include <ATen/Functions.h>
-#include <c10/core/GradMode.h>
+#include <algorithm>
 
 #include "comm/channel_jobs.h"
 
 namespace mimo_ext::comm {
 
-void Waiter::wait(Request& request, std::chrono::milliseconds timeout) {
-  {
-    const std::lock_guard lock(mutex_);
-    if (aborted_) throw TransportError("aborted", false);
-    current_ = &request;
-  }
-  std::exception_ptr error;
-  try {
-    request.wait(timeout);
-  } catch (...) {
-    error = std::current_exception();
-  }
-  const std::lock_guard lock(mutex_);
-  current_ = nullptr;
-  if (error) std::rethrow_exception(error);
+namespace {
+
+/// Shapes alternate in practice (the last microbatch of an epoch, evaluation); each program holds buffers.
+constexpr std::size_t kPrograms = 4;
+
+template <typename Program>
+std::shared_ptr<Program> find(const std::vector<std::shared_ptr<Program>>& programs, const core::Microbatch& microbatch,
+                              bool any) {
+  const auto fits = [&](const auto& program) { return any || *program->microbatch == microbatch; };
+  const auto found = std::find_if(programs.rbegin(), programs.rend(), fits);
+  return found == programs.rend() ? nullptr : *found;
 }
 
-void Waiter::abort() {
-  const std::lock_guard lock(mutex_);
-  aborted_ = true;
-  if (current_ != nullptr) current_->abort();
+template <typename Program>
+void keep(std::vector<std::shared_ptr<Program>>& programs, const std::shared_ptr<Program>& program) {
+  if (programs.size() == kPrograms) programs.erase(programs.begin());
+  programs.push_back(program);
 }
 
-Channel::Channel(const BridgeConfig& config, Transport& transport, Failure& failure, core::Direction direction)
+}  // namespace
+
+Channel::Channel(const BridgeConfig& config, Transport& transport, Failure& failure, Trace& trace,
+                 core::Direction direction)
     : config_(config),
       transport_(transport),
       failure_(failure),
+      trace_(trace),
       direction_(direction),
       sender_(direction == core::Direction::kForward ? config.source : config.destination),
       receiver_(direction == core::Direction::kForward ? config.destination : config.source) {
   std::tie(sender_lane_, sender_member_) = sender_.find(transport.rank());
   std::tie(receiver_lane_, receiver_member_) = receiver_.find(transport.rank());
   const std::string suffix = direction == core::Direction::kForward ? "fwd" : "bwd";
-  if (is_sender()) send_worker_ = std::make_unique<Worker>("mimo-send-" + suffix);
-  if (is_receiver()) receive_worker_ = std::make_unique<Worker>("mimo-recv-" + suffix);
+  const auto peer = [&](int rank, int lane) { return HeaderPeer{rank, transport.index_of(rank), lane}; };
+  if (is_sender()) {
+    send_worker_ = std::make_unique<Worker>("mimo-send-" + suffix);
+    const auto [first, last] = core::Plan::lanes_met(sender_lane_, sender_.num_lanes(), receiver_.num_lanes());
+    meets_itself_ = first <= receiver_lane_ && receiver_lane_ < last;
+    for (int lane = first; lane < last; ++lane) {
+      // Each rank of the receiver's lane hears from one member of this lane.
+      for (int member = sender_member_; member < receiver_.lane_size(); member += sender_.lane_size()) {
+        const int rank = receiver_.lanes[static_cast<std::size_t>(lane)][static_cast<std::size_t>(member)];
+        if (rank != transport.rank()) header_receivers_.push_back(peer(rank, lane));
+      }
+    }
+  }
+  if (is_receiver()) {
+    receive_worker_ = std::make_unique<Worker>("mimo-recv-" + suffix, [this, ticks = 0]() mutable {
+      // Five ticks of a worker: a caller that waits looks for Ctrl-C this often.
+      if (++ticks % 5 == 0) receive_waiter_.nudge();
+    });
+    const auto [first, last] = core::Plan::lanes_met(receiver_lane_, receiver_.num_lanes(), sender_.num_lanes());
+    for (int lane = first; lane < last; ++lane) {
+      const auto& members = sender_.lanes[static_cast<std::size_t>(lane)];
+      header_senders_.push_back(
+          peer(members[static_cast<std::size_t>(receiver_member_ % sender_.lane_size())], receiver_lane_));
+    }
+  }
   failure_.on_failure([this] {
     send_waiter_.abort();
     receive_waiter_.abort();
@@ -95,9 +117,10 @@ std::string Channel::where(const char* operation, std::int64_t sequence) const {
 }
 
 void Channel::wait_for(Waiter& waiter, Request& request, const char* what, int peer, const char* operation,
-                       std::int64_t sequence) const {
+                       std::int64_t sequence, const std::function<void()>& poll) const {
   try {
-    waiter.wait(request, config_.timeout);
+    waiter.wait(request, config_.timeout, poll);
+    request.reset();
   } catch (const TransportError& error) {
     failure_.check();  // aborted because of an earlier failure: that one is told
     if (&waiter == &receive_waiter_ && receives_aborted_) {
@@ -113,159 +136,52 @@ void Channel::wait_for(Waiter& waiter, Request& request, const char* what, int p
   }
 }
 
-std::unique_ptr<Request> Channel::post(bool sending, const at::Tensor& tensor, int peer, int kind,
-                                       const char* operation, std::int64_t sequence) const {
+Request Channel::post(bool sending, std::vector<at::Tensor>& tensor, int index, int peer, int kind,
+                      const char* operation, std::int64_t sequence) const {
   try {
-    return sending ? transport_.send(tensor, peer, tag(kind)) : transport_.recv(tensor, peer, tag(kind));
+    return sending ? transport_.send(tensor, index, tag(kind)) : transport_.recv(tensor, index, tag(kind));
   } catch (const std::exception& error) {
     throw BridgeError(where(operation, sequence) + ": " + (sending ? "message to" : "message from") + " rank " +
                       std::to_string(peer) + ": the peer is gone or the connection broke (" + error.what() + ")");
   }
 }
 
-std::shared_ptr<const Channel::CachedPlan> Channel::plan_for(const core::Microbatch& microbatch, Role role) {
-  auto& last = last_plans_[static_cast<std::size_t>(role)];
+std::shared_ptr<SendProgram> Channel::send_program(const core::Microbatch& microbatch) {
   {
-    const std::lock_guard lock(plan_mutex_);
-    if (last && last->plan.microbatch() == microbatch) return last;
+    const std::lock_guard lock(programs_mutex_);
+    if (auto program = find(send_programs_, microbatch, config_.fixed.has_value())) return program;
   }
-  core::Plan plan = config_.plan(microbatch, direction_);
-  core::RankPlan mine = plan.for_rank(transport_.rank(), role == Role::kSend, role == Role::kReceive);
-  auto cached = std::make_shared<const CachedPlan>(CachedPlan{std::move(plan), std::move(mine)});
-  const std::lock_guard lock(plan_mutex_);
-  last = cached;
-  return cached;
+  auto program = std::make_shared<SendProgram>(config_, transport_, config_.fixed.value_or(microbatch), direction_,
+                                               std::pair(sender_lane_, sender_member_));
+  const std::lock_guard lock(programs_mutex_);
+  keep(send_programs_, program);
+  return program;
 }
 
-Header Channel::header_for(const core::Microbatch& microbatch, bool no_gradient, bool expects_backward) const {
-  Header header;
-  header.sequence = next_send_;
-  header.config_hash = config_.hash;
-  header.no_gradient = no_gradient;
-  header.expects_backward = expects_backward;
-  header.dtype = static_cast<std::int64_t>(config_.dtype);
-  header.ndim = microbatch.ndim;
-  header.shape = microbatch.shape;
-  header.shape[static_cast<std::size_t>(microbatch.batch_dim)] = 0;
-  header.samples = microbatch.samples;
-  header.rows_per_sample = microbatch.ragged() ? 0 : microbatch.rows_per_sample;
-  if (microbatch.ragged()) {
-    const auto first = microbatch.rows.begin() + microbatch.lane_begin(sender_lane_, sender_.num_lanes());
-    const auto last = microbatch.rows.begin() + microbatch.lane_begin(sender_lane_ + 1, sender_.num_lanes());
-    header.rows.assign(first, last);
-    header.num_rows = static_cast<std::int64_t>(header.rows.size());
-  }
-  return header;
-}
-
-void Channel::post_headers(const Header& header, SendJob& job) {
-  const Header::Words words = header.encode();
-  at::Tensor buffer = at::empty({static_cast<std::int64_t>(Header::kWords)}, at::kLong);
-  std::copy(words.begin(), words.end(), buffer.data_ptr<std::int64_t>());
-  at::Tensor extension;
-  if (header.has_extension()) {
-    extension = at::empty({header.num_rows}, at::kLong);
-    std::copy(header.rows.begin(), header.rows.end(), extension.data_ptr<std::int64_t>());
-  }
-  const auto [first, last] = core::Plan::lanes_met(sender_lane_, sender_.num_lanes(), receiver_.num_lanes());
-  for (int lane = first; lane < last; ++lane) {
-    // Each rank of the receiver's lane hears from one member of this lane.
-    for (int member = sender_member_; member < receiver_.lane_size(); member += sender_.lane_size()) {
-      const int peer = receiver_.lanes[static_cast<std::size_t>(lane)][static_cast<std::size_t>(member)];
-      if (peer == transport_.rank()) continue;
-      job.pending.push_back({post(true, buffer, peer, kHeaderTag, send_name(), job.sequence), peer});
-      if (extension.defined())
-        job.pending.push_back({post(true, extension, peer, kRowsTag, send_name(), job.sequence), peer});
-    }
-  }
-}
-
-bool Channel::meets_itself() const {
-  if (!is_sender() || !is_receiver()) return false;
-  const auto [first, last] = core::Plan::lanes_met(sender_lane_, sender_.num_lanes(), receiver_.num_lanes());
-  return first <= receiver_lane_ && receiver_lane_ < last;
-}
-
-std::shared_ptr<Delivery> Channel::send(const core::Microbatch& microbatch, const at::Tensor& x, bool expects_backward,
-                                        std::int64_t forward_sequence) {
-  failure_.check();
-  const c10::NoGradGuard no_grad;
-  const auto plan = plan_for(microbatch, Role::kSend);  // throws before anything is sent
-  auto job = std::make_shared<SendJob>();
-  job->sequence = next_send_;
-  job->delivery = std::make_shared<Delivery>();
-
-  // Parts first: what needs packing may fail (memory), sends should not.
-  struct Part {
-    at::Tensor tensor;
-    int peer;
-  };
-  std::vector<Part> parts;
-  LocalItem local;
-  if (x.defined()) {
-    // The caller may swap x.data once this returns. Lazy conjugation and negation are no part of the storage.
-    const at::Tensor storage = x.detach().resolve_conj().resolve_neg();
-    parts.reserve(plan->mine.sends.size());
-    for (const core::Message& message : plan->mine.sends) {
-      at::Tensor part = part_of(storage, message.send_box);
-      if (message.receiver == transport_.rank()) {
-        local.boxes.push_back(std::move(part));
-      } else {
-        parts.push_back({std::move(part), message.receiver});
-      }
-    }
-  }
-  try {
-    if (!config_.fixed) {
-      Header header = header_for(microbatch, !x.defined(), expects_backward);
-      header.forward_sequence = forward_sequence;
-      local.header = header;
-      post_headers(header, *job);
-    }
-    for (Part& part : parts) {
-      job->pending.push_back({post(true, part.tensor, part.peer, kPayloadTag, send_name(), job->sequence), part.peer});
-    }
-  } catch (const BridgeError&) {
-    failure_.set(std::current_exception());
-    failure_.check();
-  }
-  if (meets_itself()) {
-    const std::lock_guard lock(local_mutex_);
-    local_.push_back(std::move(local));
-    local_changed_.notify_all();
-  }
-  ++next_send_;
+std::shared_ptr<ReceiveProgram> Channel::receive_program(const core::Microbatch& microbatch) {
   {
-    const std::lock_guard lock(room_mutex_);
-    ++in_flight_;
+    const std::lock_guard lock(programs_mutex_);
+    if (auto program = find(receive_programs_, microbatch, config_.fixed.has_value())) return program;
   }
-  auto delivery = job->delivery;
-  send_worker_->submit([this, job] { run_send(*job); });
+  auto program = std::make_shared<ReceiveProgram>(config_, transport_, config_.fixed.value_or(microbatch), direction_,
+                                                  std::pair(receiver_lane_, receiver_member_));
+  const std::lock_guard lock(programs_mutex_);
+  keep(receive_programs_, program);
+  return program;
+}
+
+std::shared_ptr<Delivery> Channel::new_delivery(bool is_send, std::int64_t sequence) {
+  constexpr std::size_t kKept = 8;
+  auto& kept = is_send ? send_deliveries_ : receive_deliveries_;
+  for (const auto& delivery : kept) {
+    if (delivery.use_count() > 1) continue;
+    delivery->begin(sequence);
+    return delivery;
+  }
+  auto delivery = std::make_shared<Delivery>(is_send, direction_ == core::Direction::kForward);
+  delivery->begin(sequence);
+  if (kept.size() < kKept) kept.push_back(delivery);
   return delivery;
-}
-
-bool Channel::wait_for_room(std::chrono::milliseconds limit) {
-  std::unique_lock lock(room_mutex_);
-  room_changed_.wait_for(lock, limit, [this] { return in_flight_ < config_.max_in_flight || failure_.failed(); });
-  return in_flight_ < config_.max_in_flight;
-}
-
-void Channel::run_send(SendJob& job) {
-  try {
-    for (SendJob::Pending& pending : job.pending) {
-      failure_.check();
-      wait_for(send_waiter_, *pending.request, "message to", pending.peer, send_name(), job.sequence);
-      pending.request.reset();
-    }
-    job.delivery->set({});
-  } catch (...) {
-    job.delivery->set_error(failure_.set(std::current_exception()));
-  }
-  {
-    const std::lock_guard lock(room_mutex_);
-    --in_flight_;
-  }
-  room_changed_.notify_all();
 }
 
 }  // namespace mimo_ext::comm

@@ -1,63 +1,76 @@
 // One direction of one bridge on one rank: carries out the plan of each microbatch.
 //
-// Threads: the caller's thread posts; a worker waits for receives, forwards parts to the replicas of the lane and
-// completes deliveries; a second worker waits for sends. Workers exist only where the rank has that role, never touch
-// Python, and process microbatches in order. They are what lets gloo's messages complete while the caller computes.
+// Threads. The caller's thread posts. What is received is waited for, forwarded to the replicas of the lane and
+// completed either by the caller, when it blocks for this very microbatch and nothing is ahead of it (a message to
+// another thread and back costs more than a small transfer), or by a worker, so that receives posted ahead make
+// progress while the caller computes. A second worker waits for sends, some time after they were posted: nothing
+// depends on that but the release of their storage. Workers exist only where the rank has that role, never touch
+// Python, and process microbatches in order.
 //
 // Order of messages between two ranks: headers, payload and lane copies have a tag each, and each tag's messages are
-// posted by one thread in the order of the plan, microbatch after microbatch, on both sides.
+// posted by one thread at a time in the order of the plan, microbatch after microbatch, on both sides.
 #pragma once
 
 #include <array>
 #include <atomic>
 #include <condition_variable>
-#include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "comm/config.h"
 #include "comm/delivery.h"
 #include "comm/errors.h"
+#include "comm/fifo.h"
 #include "comm/header.h"
+#include "comm/program.h"
+#include "comm/telemetry.h"
 #include "comm/transport.h"
+#include "comm/waiter.h"
 #include "comm/worker.h"
 
 namespace mimo_ext::comm {
 
-/// Waits for one request at a time and can be aborted from any thread.
-class Waiter {
- public:
-  void wait(Request& request, std::chrono::milliseconds timeout);
-  void abort();
-
- private:
-  std::mutex mutex_;
-  Request* current_ = nullptr;
-  bool aborted_ = false;
-};
-
-/// Not thread-safe: send() and recv() are called by one thread at a time. `transport` and `failure` outlive the
+/// Not thread-safe: send() and recv() are called by one thread at a time. What the constructor is given outlives the
 /// channel.
 class Channel {
  public:
-  Channel(const BridgeConfig& config, Transport& transport, Failure& failure, core::Direction direction);
+  Channel(const BridgeConfig& config, Transport& transport, Failure& failure, Trace& trace, core::Direction direction);
   ~Channel();
 
   bool is_sender() const { return sender_lane_ >= 0; }
   bool is_receiver() const { return receiver_lane_ >= 0; }
 
+  /// This rank's messages of a microbatch; a few programs are kept. With static shapes the argument is not looked at.
+  /// Throws std::invalid_argument.
+  std::shared_ptr<SendProgram> send_program(const core::Microbatch& microbatch);
+  std::shared_ptr<ReceiveProgram> receive_program(const core::Microbatch& microbatch);
+
   /// Enqueues all messages of one microbatch and returns without waiting for any peer. Holds `x`'s storage until they
-  /// are gone. An undefined `x` says that there is no gradient. The delivery ends when the storage is free again.
-  std::shared_ptr<Delivery> send(const core::Microbatch& microbatch, const at::Tensor& x, bool expects_backward,
-                                 std::int64_t forward_sequence = 0);
+  /// are gone. An undefined `x` says that there is no gradient. The delivery (where one is wanted) ends when the
+  /// storage is free again.
+  std::shared_ptr<Delivery> send(std::shared_ptr<SendProgram> program, const at::Tensor& x, bool expects_backward,
+                                 std::int64_t forward_sequence, bool want_delivery);
   /// Fewer than max_in_flight microbatches are being sent? Waits up to `limit` for it.
   bool wait_for_room(std::chrono::milliseconds limit);
+  /// What has been sent is looked after now: somebody waits for it.
+  void hurry_sends();
 
-  /// Posts the receives of the next microbatch: of its headers, or where `known` is its final shape and shapes are
-  /// static, of its payload. `known` of a backward microbatch is what the forward one, number `forward_sequence`, was
-  /// (none and Header::kUnpaired: no forward microbatch has been sent yet).
-  std::shared_ptr<Delivery> recv(std::optional<core::Microbatch> known, std::int64_t forward_sequence = 0);
+  struct Expected {
+    /// Backward: what the forward microbatch was; null: no forward microbatch has been sent yet (or this is forward).
+    std::shared_ptr<const core::Microbatch> known;
+    std::int64_t forward_sequence = 0;                  ///< its number; Header::kUnpaired where none has been sent
+    std::shared_ptr<const core::RowShards> row_shards;  ///< forward: which rows the receiver's ranks use
+  };
+  /// Posts the receives of the next microbatch: of its headers, or with static shapes of its payload. A worker takes it
+  /// from there.
+  std::shared_ptr<Delivery> recv(Expected expected);
+  /// The same, carried out here as far as possible. Returns when the operation has ended. `poll` is called every 100 ms
+  /// and may throw: the receive then goes on by itself.
+  /// `posted` is called once the receive counts, whatever becomes of it.
+  std::shared_ptr<Delivery> recv_now(Expected expected, const std::function<void()>& poll,
+                                     const std::function<void(const std::shared_ptr<Delivery>&)>& posted);
 
   /// Gives up the receives that are under way, and those only. From the thread that uses the channel.
   void abort_receives();
@@ -68,53 +81,64 @@ class Channel {
   /// once.
   void close();
 
+  Counters& counters() { return counters_; }
+
  private:
-  struct CachedPlan {
-    core::Plan plan;
-    core::RankPlan mine;
+  struct HeaderPeer {
+    int rank;
+    int index;
+    int lane;  ///< of the receiver
   };
-  struct Slot;
-  struct HeaderSlot;
-  struct Incoming;
-  struct ReceiveJob;
   struct SendJob;
+  struct ReceiveJob;
   /// What this rank sends to itself.
   struct LocalItem {
     Header header;
     std::vector<at::Tensor> boxes;
   };
 
-  enum class Role : std::uint8_t { kSend, kReceive };
-  /// This rank's messages in one role; the last plan of each role is kept.
-  std::shared_ptr<const CachedPlan> plan_for(const core::Microbatch& microbatch, Role role);
+  // Sending.
   Header header_for(const core::Microbatch& microbatch, bool no_gradient, bool expects_backward) const;
-  void post_headers(const Header& header, SendJob& job);
-  bool meets_itself() const;
+  /// Of the rows that two lanes share; 0 where all of them go to every rank.
+  std::uint64_t row_shards_hash(const core::Microbatch& microbatch, int sender_lane, int receiver_lane) const;
+  void post_headers(Header& header, const core::Microbatch& microbatch, SendJob& job);
+  void run_send(std::unique_ptr<SendJob> job);
 
-  std::unique_ptr<Incoming> post_payload(std::int64_t sequence, const core::Microbatch& microbatch,
-                                         const std::vector<int>& without_gradient, std::vector<at::Tensor> local_boxes);
-  void run_receive(ReceiveJob& job);
-  void receive(ReceiveJob& job);
-  std::vector<Header> receive_headers(ReceiveJob& job, const LocalItem* local);
+  // Receiving: every step may be left by Interrupted and entered again.
+  std::unique_ptr<ReceiveJob> post_receive(Expected expected);
+  void submit_receive(std::unique_ptr<ReceiveJob> job);
+  void end_receive(std::unique_ptr<ReceiveJob> job);
+  /// Ends the delivery, well or not, or throws Interrupted.
+  void run_receive(ReceiveJob& job, const std::function<void()>& poll);
+  void receive(ReceiveJob& job, const std::function<void()>& poll);
+  void receive_headers(ReceiveJob& job, const std::function<void()>& poll);
   void check_header(const Header& header, int peer, const ReceiveJob& job) const;
+  /// What the headers describe. Posts the receives of the payload unless no sender has a gradient.
+  std::shared_ptr<const core::Microbatch> agree(ReceiveJob& job);
+  void check_gradient(const ReceiveJob& job, const core::Microbatch& microbatch) const;
   core::Microbatch combine(const std::vector<Header>& headers) const;
-  static void finish_slot(Slot& slot, Incoming& incoming);
-  LocalItem take_local(std::int64_t sequence);
+  /// Both sides must have dealt the rows that they share in the same way.
+  void check_row_shards(const ReceiveJob& job, const core::Microbatch& microbatch) const;
+  void post_payload(ReceiveJob& job, const core::Microbatch& microbatch, std::vector<int> without_gradient);
+  void receive_payload(ReceiveJob& job, const std::function<void()>& poll);
+  void deliver(ReceiveJob& job, at::Tensor tensor, std::shared_ptr<const core::Microbatch> microbatch);
+  LocalItem take_local(std::int64_t sequence, const std::function<void()>& poll);
 
   /// Posts a message; an error of the transport is told as a BridgeError that names the peer.
-  std::unique_ptr<Request> post(bool sending, const at::Tensor& tensor, int peer, int kind, const char* operation,
-                                std::int64_t sequence) const;
-  void run_send(SendJob& job);
+  Request post(bool sending, std::vector<at::Tensor>& tensor, int index, int peer, int kind, const char* operation,
+               std::int64_t sequence) const;
   void wait_for(Waiter& waiter, Request& request, const char* what, int peer, const char* operation,
-                std::int64_t sequence) const;
+                std::int64_t sequence, const std::function<void()>& poll) const;
   std::string where(const char* operation, std::int64_t sequence) const;
   const char* send_name() const;
   const char* recv_name() const;
   int tag(int kind) const;
+  std::shared_ptr<Delivery> new_delivery(bool is_send, std::int64_t sequence);
 
   const BridgeConfig& config_;
   Transport& transport_;
   Failure& failure_;
+  Trace& trace_;
   const core::Direction direction_;
   const core::Boundary& sender_;
   const core::Boundary& receiver_;
@@ -122,13 +146,23 @@ class Channel {
   int sender_member_ = -1;
   int receiver_lane_ = -1;
   int receiver_member_ = -1;
+  bool meets_itself_ = false;
+  std::vector<HeaderPeer> header_receivers_;  ///< whom this rank tells
+  std::vector<HeaderPeer> header_senders_;    ///< who tells this rank, one per sender lane; may be itself
+  Counters counters_;
 
   std::int64_t next_send_ = 0;
   std::int64_t next_recv_ = 0;
-  std::mutex plan_mutex_;
-  std::array<std::shared_ptr<const CachedPlan>, 2> last_plans_;  ///< by role
+  std::mutex programs_mutex_;
+  std::vector<std::shared_ptr<SendProgram>> send_programs_;  ///< the newest last
+  std::vector<std::shared_ptr<ReceiveProgram>> receive_programs_;
+  Pool<SendJob> send_jobs_;
+  Pool<ReceiveJob> receive_jobs_;
+  std::vector<std::shared_ptr<Delivery>> send_deliveries_;
+  std::vector<std::shared_ptr<Delivery>> receive_deliveries_;
 
   std::atomic<bool> receives_aborted_{false};
+  std::atomic<int> receives_with_worker_{0};
 
   std::mutex room_mutex_;
   std::condition_variable room_changed_;
@@ -136,7 +170,7 @@ class Channel {
 
   std::mutex local_mutex_;
   std::condition_variable local_changed_;
-  std::deque<LocalItem> local_;
+  Fifo<LocalItem> local_;
 
   Waiter receive_waiter_;
   Waiter send_waiter_;

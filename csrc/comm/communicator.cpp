@@ -1,6 +1,7 @@
 #include "comm/communicator.h"
 
 #include <ATen/Functions.h>
+#include <ATen/record_function.h>
 #include <c10/core/GradMode.h>
 
 #include <sstream>
@@ -29,8 +30,8 @@ Communicator::Communicator(BridgeConfig config, std::unique_ptr<Transport> forwa
       backward_transport_(std::move(backward)) {
   if (!forward_transport_) return;
   Transport& back = backward_transport_ ? *backward_transport_ : *forward_transport_;
-  forward_ = std::make_unique<Channel>(config_, *forward_transport_, failure_, core::Direction::kForward);
-  backward_ = std::make_unique<Channel>(config_, back, failure_, core::Direction::kBackward);
+  forward_ = std::make_unique<Channel>(config_, *forward_transport_, failure_, trace_, core::Direction::kForward);
+  backward_ = std::make_unique<Channel>(config_, back, failure_, trace_, core::Direction::kBackward);
 }
 
 Communicator::~Communicator() {
@@ -99,64 +100,102 @@ void Communicator::wait_for_room(Channel& channel, const char* operation) const 
   }
 }
 
+core::Microbatch Communicator::microbatch_of_activation(const at::Tensor& x,
+                                                        const std::optional<std::vector<std::int64_t>>& row_counts,
+                                                        std::optional<std::int64_t> num_samples,
+                                                        const RowShards& row_shards) {
+  if (config_.fixed) {
+    if (row_shards) throw std::invalid_argument("row_shards differ from microbatch to microbatch: not with shape=");
+    return {};  // the channel knows
+  }
+  const auto [lane, member] = config_.source.find(rank_);
+  return describe_microbatch(config_, x, lane, member, row_counts, num_samples, row_shards);
+}
+
 std::shared_ptr<Delivery> Communicator::send_forward(const at::Tensor& x,
                                                      const std::optional<std::vector<std::int64_t>>& row_counts,
-                                                     std::optional<std::int64_t> num_samples) {
+                                                     std::optional<std::int64_t> num_samples,
+                                                     const RowShards& row_shards, bool want_delivery) {
   constexpr const char* kOperation = "send_forward";
+  RECORD_USER_SCOPE("mimo_ext::send_forward");
   check_open(is_source(), kOperation, "source");
   check_tensor(config_, x, config_.source.module, rank_, kOperation);
-  const auto [lane, member] = config_.source.find(rank_);
-  core::Microbatch microbatch;
   try {
-    if (config_.fixed) {
-      microbatch = *config_.fixed;
-      const core::Plan plan = config_.plan(microbatch, core::Direction::kForward);
-      const auto expected = plan.sender_shape(lane, member);
-      const at::IntArrayRef shape(expected.data(), static_cast<std::size_t>(config_.ndim));
-      if (x.sizes() != shape) {
-        throw std::invalid_argument("module '" + config_.source.module + "': static shapes: expected " +
-                                    text_of(shape) + ", got " + text_of(x.sizes()));
-      }
-    } else {
-      microbatch = describe_microbatch(config_, x, lane, member, row_counts, num_samples);
+    auto program = forward_->send_program(microbatch_of_activation(x, row_counts, num_samples, row_shards));
+    if (config_.fixed && x.sizes() != program->shape) {
+      throw std::invalid_argument("module '" + config_.source.module + "': static shapes: expected " +
+                                  text_of(program->shape) + ", got " + text_of(x.sizes()));
     }
     wait_for_room(*forward_, kOperation);
     const bool expects_backward = c10::GradMode::is_enabled();
-    auto delivery = forward_->send(microbatch, x, expects_backward);
+    last_ = program->microbatch;
+    auto delivery = forward_->send(std::move(program), x, expects_backward, 0, want_delivery);
     if (expects_backward && unpaired_receives_ > 0) {
       --unpaired_receives_;
     } else if (expects_backward) {
-      sent_.push_back({num_sent_, microbatch});
+      sent_.push_back({num_sent_, last_});
     }
     ++num_sent_;
-    last_ = std::move(microbatch);
     return delivery;
   } catch (const std::invalid_argument& error) {
     throw std::invalid_argument(where(kOperation) + ": " + error.what());
   }
 }
 
-void Communicator::skip_without_backward() {
-  while (!received_.empty() && received_.front().delivery->done() && !received_.front().delivery->expects_backward()) {
-    received_.front().delivery->get();
-    received_.pop_front();
-  }
+bool Communicator::Received::ended() {
+  if (!delivery) return true;
+  if (!delivery->done()) return false;
+  delivery->check();
+  microbatch = delivery->microbatch();
+  expects_backward = delivery->expects_backward();
+  delivery.reset();
+  return true;
 }
 
-std::shared_ptr<Delivery> Communicator::recv_forward() {
+void Communicator::skip_without_backward() {
+  while (!received_.empty() && received_.front().ended() && !received_.front().expects_backward) received_.pop_front();
+}
+
+Channel::Expected Communicator::expected_forward(const RowShards& row_shards) {
   check_open(is_destination(), "recv_forward", "destination");
-  skip_without_backward();  // or evaluation would keep every tensor that it received
-  auto delivery = forward_->recv(std::nullopt);
+  if (row_shards && config_.fixed) {
+    throw std::invalid_argument(where("recv_forward") +
+                                ": row_shards differ from microbatch to microbatch: not with shape=");
+  }
+  skip_without_backward();  // or evaluation would keep every microbatch that it received
+  return {nullptr, 0, row_shards};
+}
+
+void Communicator::note_received(const std::shared_ptr<Delivery>& delivery) {
   if (c10::GradMode::is_enabled() && unpaired_sends_ > 0) {
     --unpaired_sends_;
   } else if (c10::GradMode::is_enabled()) {
-    received_.push_back({num_received_, delivery});
+    received_.push_back({num_received_, delivery, nullptr, false});
   }
   ++num_received_;
+}
+
+std::shared_ptr<Delivery> Communicator::irecv_forward(const RowShards& row_shards) {
+  RECORD_USER_SCOPE("mimo_ext::recv_forward");
+  auto expected = expected_forward(row_shards);
+  auto delivery = forward_->recv(std::move(expected));
+  note_received(delivery);
   return delivery;
 }
 
-core::Microbatch Communicator::microbatch_of_gradient(const at::Tensor& gradient) const {
+at::Tensor Communicator::recv_forward(const RowShards& row_shards) {
+  RECORD_USER_SCOPE("mimo_ext::recv_forward.wait");
+  auto expected = expected_forward(row_shards);
+  const std::int64_t began = Times::now();
+  auto delivery =
+      forward_->recv_now(std::move(expected), interrupt_check_, [this](const auto& posted) { note_received(posted); });
+  at::Tensor y = finish(*delivery, began);
+  const bool wants = c10::GradMode::is_enabled() && delivery->expects_backward();
+  if (wants && (y.is_floating_point() || y.is_complex())) y.set_requires_grad(true);
+  return y;
+}
+
+core::Microbatch Communicator::microbatch_of_gradient(const at::Tensor& gradient) {
   constexpr const char* kOperation = "send_backward";
   if (received_.empty() && config_.unpaired_backward) {
     if (config_.fixed) return *config_.fixed;
@@ -172,37 +211,35 @@ core::Microbatch Communicator::microbatch_of_gradient(const at::Tensor& gradient
                       ": no received microbatch waits for its gradient (forward operations under "
                       "torch.no_grad() expect none)");
   }
-  if (!received_.front().delivery->done()) {
+  if (!received_.front().ended()) {
     throw BridgeError(where(kOperation) +
                       ": the microbatch has not been received yet: wait for its recv_forward first");
   }
-  return received_.front().delivery->microbatch();
+  return *received_.front().microbatch;
 }
 
-std::shared_ptr<Delivery> Communicator::send_backward(const at::Tensor& gradient) {
+std::shared_ptr<Delivery> Communicator::send_backward(const at::Tensor& gradient, bool want_delivery) {
   constexpr const char* kOperation = "send_backward";
+  RECORD_USER_SCOPE("mimo_ext::send_backward");
   check_open(is_destination(), kOperation, "destination");
   skip_without_backward();
   if (gradient.defined()) check_tensor(config_, gradient, config_.destination.module, rank_, kOperation);
-  const core::Microbatch microbatch = microbatch_of_gradient(gradient);
-  const auto [lane, member] = config_.destination.find(rank_);
-  const core::Plan plan = config_.plan(microbatch, core::Direction::kForward);
-  const auto expected = plan.receiver_shape(lane, member);
-  const at::IntArrayRef shape(expected.data(), static_cast<std::size_t>(config_.ndim));
+  auto program = backward_->send_program(microbatch_of_gradient(gradient));
   at::Tensor payload = gradient;
   if (gradient.defined()) {
-    if (gradient.sizes() != shape) {
+    if (gradient.sizes() != program->shape) {
       throw std::invalid_argument(where(kOperation) + ": module '" + config_.destination.module +
-                                  "': expected a gradient of shape " + text_of(shape) + ", got " +
+                                  "': expected a gradient of shape " + text_of(program->shape) + ", got " +
                                   text_of(gradient.sizes()));
     }
   } else if (config_.fixed) {
-    payload = at::zeros(shape, at::TensorOptions().dtype(config_.dtype));  // no header could say "none"
+    payload = at::zeros(program->shape, at::TensorOptions().dtype(config_.dtype));  // no header could say "none"
   }
   wait_for_room(*backward_, kOperation);
-  auto delivery =
-      backward_->send(microbatch, payload, false, received_.empty() ? Header::kUnpaired : received_.front().sequence);
-  if (received_.empty()) {
+  const bool unpaired = received_.empty();
+  const std::int64_t of = unpaired ? Header::kUnpaired : received_.front().sequence;
+  auto delivery = backward_->send(std::move(program), payload, false, of, want_delivery);
+  if (unpaired) {
     ++unpaired_sends_;
   } else {
     received_.pop_front();
@@ -210,28 +247,69 @@ std::shared_ptr<Delivery> Communicator::send_backward(const at::Tensor& gradient
   return delivery;
 }
 
-std::shared_ptr<Delivery> Communicator::recv_backward() {
+Channel::Expected Communicator::expected_backward() {
   check_open(is_source(), "recv_backward", "source");
-  if (sent_.empty() && config_.unpaired_backward) {
-    auto delivery = backward_->recv(std::nullopt, Header::kUnpaired);
-    ++unpaired_receives_;
-    return delivery;
-  }
+  if (sent_.empty() && config_.unpaired_backward) return {nullptr, Header::kUnpaired, nullptr};
   if (sent_.empty()) {
     throw BridgeError(where("recv_backward") +
                       ": no sent microbatch waits for its gradient (forward operations under "
                       "torch.no_grad() expect none)");
   }
-  auto delivery = backward_->recv(sent_.front().microbatch, sent_.front().sequence);
-  sent_.pop_front();
+  return {sent_.front().microbatch, sent_.front().sequence, nullptr};
+}
+
+void Communicator::note_backward_posted() {
+  if (sent_.empty()) {
+    ++unpaired_receives_;
+  } else {
+    sent_.pop_front();
+  }
+}
+
+std::shared_ptr<Delivery> Communicator::irecv_backward() {
+  RECORD_USER_SCOPE("mimo_ext::recv_backward");
+  auto expected = expected_backward();
+  auto delivery = backward_->recv(std::move(expected));
+  note_backward_posted();
   return delivery;
 }
 
-at::Tensor Communicator::wait(const Delivery& delivery) const {
+at::Tensor Communicator::recv_backward() {
+  RECORD_USER_SCOPE("mimo_ext::recv_backward.wait");
+  auto expected = expected_backward();
+  const std::int64_t began = Times::now();
+  auto delivery =
+      backward_->recv_now(std::move(expected), interrupt_check_, [this](const auto&) { note_backward_posted(); });
+  return finish(*delivery, began);
+}
+
+at::Tensor Communicator::finish(Delivery& delivery, std::int64_t began) {
+  if (delivery.is_send() && forward_) {
+    // Nobody looks after sends at once unless somebody waits.
+    forward_->hurry_sends();
+    backward_->hurry_sends();
+  }
   while (!delivery.wait_for(kInterruptPeriod)) {
     if (interrupt_check_) interrupt_check_();
   }
-  return delivery.get();
+  at::Tensor tensor = delivery.take();
+  if (delivery.is_send() || !forward_) return tensor;
+  const std::int64_t ended = Times::now();
+  Channel& channel = delivery.is_forward() ? *forward_ : *backward_;
+  channel.counters().exposed_ns.fetch_add(ended - began, std::memory_order_relaxed);
+  if (trace_.on()) {
+    trace_.add({false, delivery.is_forward(), delivery.sequence(), delivery.bytes(), delivery.times(), began, ended});
+  }
+  return tensor;
+}
+
+at::Tensor Communicator::wait(Delivery& delivery) {
+  return finish(delivery, Times::now());
+}
+
+const Counters* Communicator::counters(core::Direction direction) const {
+  const auto& channel = direction == core::Direction::kForward ? forward_ : backward_;
+  return channel ? &channel->counters() : nullptr;
 }
 
 std::optional<core::Plan> Communicator::last_plan() const {

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <atomic>
-#include <deque>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -11,6 +10,8 @@
 #include "comm/channel.h"
 #include "comm/config.h"
 #include "comm/delivery.h"
+#include "comm/fifo.h"
+#include "comm/telemetry.h"
 #include "comm/transport.h"
 
 namespace mimo_ext::comm {
@@ -36,18 +37,30 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   /// Called every 100 ms while an operation blocks its caller; may throw (Python: to honour Ctrl-C).
   void set_interrupt_check(std::function<void()> check) { interrupt_check_ = std::move(check); }
 
+  using RowShards = std::shared_ptr<const core::RowShards>;  ///< null: every rank of the destination gets all rows
+
   /// x: source lane's tensor (this rank's shard of it). Throws std::invalid_argument before anything is sent;
-  /// BridgeError after a failure. Blocks only while max_in_flight earlier microbatches are still being sent.
+  /// BridgeError after a failure. Blocks only while max_in_flight earlier microbatches are still being sent. Without
+  /// `want_delivery` nothing tells when the storage is free again, and null is returned.
   std::shared_ptr<Delivery> send_forward(const at::Tensor& x,
                                          const std::optional<std::vector<std::int64_t>>& row_counts,
-                                         std::optional<std::int64_t> num_samples);
-  std::shared_ptr<Delivery> recv_forward();
+                                         std::optional<std::int64_t> num_samples, const RowShards& row_shards,
+                                         bool want_delivery);
   /// The gradient of the oldest received microbatch that expects one; none: undefined (with static shapes zeros
   /// travel).
-  std::shared_ptr<Delivery> send_backward(const at::Tensor& gradient);
-  std::shared_ptr<Delivery> recv_backward();
-  /// Blocks until `delivery` has ended and returns its tensor; rethrows its error.
-  at::Tensor wait(const Delivery& delivery) const;
+  std::shared_ptr<Delivery> send_backward(const at::Tensor& gradient, bool want_delivery);
+  /// Post a receive and return; a worker carries it out.
+  std::shared_ptr<Delivery> irecv_forward(const RowShards& row_shards);
+  std::shared_ptr<Delivery> irecv_backward();
+  /// Receive here and now. The activation is a leaf that requires grad where both sides want a gradient.
+  at::Tensor recv_forward(const RowShards& row_shards);
+  at::Tensor recv_backward();
+  /// Blocks until `delivery` has ended and hands out its tensor, once; rethrows its error.
+  at::Tensor wait(Delivery& delivery);
+
+  /// Of one direction; null on a rank that is on neither side.
+  const Counters* counters(core::Direction direction) const;
+  Trace& trace() { return trace_; }
 
   /// Forward microbatches whose gradient has not been asked for yet: {as source, as destination}.
   std::pair<std::size_t, std::size_t> outstanding() const { return {sent_.size(), received_.size()}; }
@@ -77,27 +90,41 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::unique_ptr<Transport> forward_transport_;
   std::unique_ptr<Transport> backward_transport_;  ///< null: the same as forward
   Failure failure_;
+  Trace trace_;
   std::unique_ptr<Channel> forward_;
   std::unique_ptr<Channel> backward_;
+  using Known = std::shared_ptr<const core::Microbatch>;
   struct Sent {
-    std::int64_t sequence;  ///< forward microbatches are counted on both sides
-    core::Microbatch microbatch;
+    std::int64_t sequence = 0;  ///< forward microbatches are counted on both sides
+    Known microbatch;
   };
   struct Received {
-    std::int64_t sequence;
-    std::shared_ptr<Delivery> delivery;
+    std::int64_t sequence = 0;
+    std::shared_ptr<Delivery> delivery;  ///< null once it has ended: the tensor is not held
+    Known microbatch;
+    bool expects_backward = false;
+
+    bool ended();
   };
-  core::Microbatch microbatch_of_gradient(const at::Tensor& gradient) const;
+  core::Microbatch microbatch_of_gradient(const at::Tensor& gradient);
+  core::Microbatch microbatch_of_activation(const at::Tensor& x,
+                                            const std::optional<std::vector<std::int64_t>>& row_counts,
+                                            std::optional<std::int64_t> num_samples, const RowShards& row_shards);
+  Channel::Expected expected_forward(const RowShards& row_shards);
+  Channel::Expected expected_backward();
+  void note_received(const std::shared_ptr<Delivery>& delivery);
+  void note_backward_posted();
+  at::Tensor finish(Delivery& delivery, std::int64_t began);
   /// Microbatches that their sender does not want a gradient for (it ran under no_grad) are passed over.
   void skip_without_backward();
 
-  std::deque<Sent> sent_;               ///< expecting a gradient
-  std::deque<Received> received_;       ///< possibly expecting one
+  Fifo<Sent> sent_;                     ///< expecting a gradient
+  Fifo<Received> received_;             ///< possibly expecting one
   std::int64_t unpaired_receives_ = 0;  ///< gradients received ahead of the microbatches that will expect them
   std::int64_t unpaired_sends_ = 0;     ///< gradients sent ahead of them
   std::int64_t num_sent_ = 0;
   std::int64_t num_received_ = 0;
-  std::optional<core::Microbatch> last_;
+  Known last_;
   std::function<void()> interrupt_check_;
   bool closed_ = false;
 };

@@ -110,11 +110,43 @@ class Describe {
   core::Microbatch microbatch_;
 };
 
+/// The rows of each sample of a source lane, as `row_shards` has them.
+std::vector<std::int64_t> counts_of(const BridgeConfig& config, const core::RowShards& row_shards, int lane,
+                                    const std::optional<std::vector<std::int64_t>>& row_counts,
+                                    std::optional<std::int64_t> num_samples) {
+  const std::string head = "module '" + config.source.module + "': row_shards: ";
+  const std::int64_t samples = row_shards.num_samples();
+  if (num_samples.value_or(samples) != samples) {
+    throw std::invalid_argument(head + "expected shards of " + std::to_string(*num_samples) + " samples, got " +
+                                std::to_string(samples));
+  }
+  const std::int64_t first = samples * lane / config.source.num_lanes();
+  const std::int64_t last = samples * (lane + 1) / config.source.num_lanes();
+  std::vector<std::int64_t> counts;
+  for (std::int64_t sample = first; sample < last; ++sample) {
+    counts.push_back(row_shards.rows(sample));
+    if (counts.back() == core::kUnknownRows) {
+      throw std::invalid_argument(head + "expected those of samples " + std::to_string(first) + ".." +
+                                  std::to_string(last - 1) + " (lane " + std::to_string(lane) +
+                                  "), got none of sample " + std::to_string(sample));
+    }
+  }
+  if (row_counts && *row_counts != counts) throw std::invalid_argument(head + "other row counts than row_counts");
+  return counts;
+}
+
 }  // namespace
 
 core::Microbatch describe_microbatch(const BridgeConfig& config, const at::Tensor& x, int lane, int member,
                                      const std::optional<std::vector<std::int64_t>>& row_counts,
-                                     std::optional<std::int64_t> num_samples) {
+                                     std::optional<std::int64_t> num_samples,
+                                     const std::shared_ptr<const core::RowShards>& row_shards) {
+  if (row_shards) {
+    const auto told = counts_of(config, *row_shards, lane, row_counts, num_samples);
+    auto microbatch = describe_microbatch(config, x, lane, member, told, row_shards->num_samples(), nullptr);
+    microbatch.row_shards = row_shards;
+    return microbatch;
+  }
   if (row_counts && config.ndim != 2) {
     throw std::invalid_argument("module '" + config.source.module +
                                 "': row_counts are for 2-D tensors [rows, h], got " + std::to_string(config.ndim) +

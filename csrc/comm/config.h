@@ -35,11 +35,13 @@ struct BridgeConfig {
 };
 
 /// The global microbatch as far as the rank that sends `x` knows it. `x` is the tensor of lane `lane`, member `member`
-/// of the source; `row_counts` the rows of each sample of the lane (2-D only). Throws std::invalid_argument naming
+/// of the source; `row_counts` the rows of each sample of the lane (2-D only); `row_shards` tells them,
+/// too. Throws std::invalid_argument naming
 /// module, expected and got.
 core::Microbatch describe_microbatch(const BridgeConfig& config, const at::Tensor& x, int lane, int member,
                                      const std::optional<std::vector<std::int64_t>>& row_counts,
-                                     std::optional<std::int64_t> num_samples);
+                                     std::optional<std::int64_t> num_samples,
+                                     const std::shared_ptr<const core::RowShards>& row_shards);
 
 /// The global microbatch that a gradient without a forward microbatch belongs to: every lane holds as many samples
 /// (3-D) or rows (2-D) as lane `lane` of the destination. An undefined `gradient` stands for an empty one. Throws

@@ -7,7 +7,7 @@ namespace mimo_ext::comm {
 
 namespace {
 
-constexpr std::int64_t kVersion = 1;
+constexpr std::int64_t kVersion = 2;
 constexpr std::int64_t kNoGradient = 1;
 constexpr std::int64_t kExpectsBackward = 2;
 constexpr std::int64_t kMaxExtent = std::int64_t{1} << 48;
@@ -36,11 +36,21 @@ void check_rows(const std::vector<std::int64_t>& rows) {
 Header::Words Header::encode() const {
   Words words{};
   const std::int64_t flags = (no_gradient ? kNoGradient : 0) | (expects_backward ? kExpectsBackward : 0);
-  const std::array<std::int64_t, kFixedWords> fixed{
-      kMagic,   kVersion,        sequence, static_cast<std::int64_t>(config_hash),
-      flags,    dtype,           ndim,     shape[0],
-      shape[1], shape[2],        samples,  rows_per_sample,
-      num_rows, forward_sequence};
+  const std::array<std::int64_t, kFixedWords> fixed{kMagic,
+                                                    kVersion,
+                                                    sequence,
+                                                    static_cast<std::int64_t>(config_hash),
+                                                    flags,
+                                                    dtype,
+                                                    ndim,
+                                                    shape[0],
+                                                    shape[1],
+                                                    shape[2],
+                                                    samples,
+                                                    rows_per_sample,
+                                                    num_rows,
+                                                    forward_sequence,
+                                                    static_cast<std::int64_t>(row_shards_hash)};
   std::copy(fixed.begin(), fixed.end(), words.begin());
   if (!has_extension()) std::copy(rows.begin(), rows.end(), words.begin() + kFixedWords);
   return words;
@@ -56,6 +66,7 @@ Header Header::decode(const Words& words) {
   header.sequence = words[2];
   header.forward_sequence = words[13];
   header.config_hash = static_cast<std::uint64_t>(words[3]);
+  header.row_shards_hash = static_cast<std::uint64_t>(words[14]);
   check_range("flags", words[4], kNoGradient | kExpectsBackward);
   header.no_gradient = (words[4] & kNoGradient) != 0;
   header.expects_backward = (words[4] & kExpectsBackward) != 0;

@@ -15,7 +15,7 @@ namespace mimo_ext::comm {
 struct Header {
   static constexpr std::int64_t kMagic = 0x4d494d4f45585431;  // "MIMOEXT1"
   static constexpr std::size_t kWords = 64;
-  static constexpr std::size_t kFixedWords = 14;
+  static constexpr std::size_t kFixedWords = 15;
   static constexpr std::size_t kInlineRows = kWords - kFixedWords;
   static constexpr std::int64_t kUnpaired = -1;  ///< `forward_sequence` of a gradient sent before its microbatch came
   static constexpr std::int64_t kMaxSamples = std::int64_t{1} << 32;
@@ -24,6 +24,7 @@ struct Header {
   std::int64_t sequence = 0;          ///< microbatch, counted per direction
   std::int64_t forward_sequence = 0;  ///< backward: the forward microbatch that this is the gradient of
   std::uint64_t config_hash = 0;      ///< layouts and tensor form that the sender believes in
+  std::uint64_t row_shards_hash = 0;  ///< of the rows that the two lanes share; 0: every rank gets all rows
   bool no_gradient = false;           ///< backward: there is no gradient, and no payload follows
   bool expects_backward = true;       ///< forward: the sender will call recv_backward for this microbatch
   std::int64_t dtype = 0;             ///< c10::ScalarType

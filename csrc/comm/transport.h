@@ -1,12 +1,14 @@
-// Point-to-point messages between global ranks, whatever carries them.
+// Point-to-point messages between ranks, whatever carries them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <chrono>
-#include <memory>
 #include <stdexcept>
 #include <string>
+#include <torch/csrc/distributed/c10d/Work.hpp>
+#include <utility>
+#include <vector>
 
 namespace mimo_ext::comm {
 
@@ -20,24 +22,31 @@ class TransportError : public std::runtime_error {
   bool timed_out_;
 };
 
-/// A message in flight. Owns a reference to the tensor's storage until it is destroyed; destroying it before wait() has
-/// returned may cancel the message. wait() is called at most once, by one thread; abort() by any thread at any time.
+/// A message in flight, or none. Dropping it before wait() has returned true may cancel the message. wait() is called
+/// by one thread at a time; interrupt() by any.
 class Request {
  public:
   Request() = default;
-  Request(const Request&) = delete;
-  Request& operator=(const Request&) = delete;
-  virtual ~Request() = default;
-  /// Blocks until the buffer may be reused (send) or holds the data (receive). Throws TransportError.
-  virtual void wait(std::chrono::milliseconds timeout) = 0;
-  /// Makes a wait that is under way, or comes later, fail soon.
-  virtual void abort() = 0;
+  explicit Request(c10::intrusive_ptr<c10d::Work> work) : work_(std::move(work)) {}
+  Request(Request&&) noexcept = default;
+  Request& operator=(Request&&) noexcept = default;
+
+  explicit operator bool() const { return static_cast<bool>(work_); }
+  void reset() { work_.reset(); }
+  /// Blocks until the buffer may be reused (send) or holds the data (receive): true. False: somebody interrupted it,
+  /// and the message is still in flight. Throws TransportError.
+  bool wait(std::chrono::milliseconds timeout);
+  /// Makes a wait that is under way, or comes next, return soon.
+  void interrupt();
+
+ private:
+  c10::intrusive_ptr<c10d::Work> work_;
 };
 
 /// Messages between the same two ranks with the same tag arrive in the order in which they were sent and received.
 /// send() and recv() never wait for the peer. They may be called from several threads, but for one (peer, tag) only
-/// from one thread at a time. The tensor must be contiguous; its dtype and number of elements must be equal on both
-/// sides.
+/// from one thread at a time. `tensor` is one contiguous tensor, in the vector that c10d wants; the caller keeps it and
+/// its storage until the request has ended. Dtype and number of elements must be equal on both sides.
 class Transport {
  public:
   Transport() = default;
@@ -45,8 +54,10 @@ class Transport {
   Transport& operator=(const Transport&) = delete;
   virtual ~Transport() = default;
   virtual int rank() const = 0;
-  virtual std::unique_ptr<Request> send(const at::Tensor& tensor, int peer, int tag) = 0;
-  virtual std::unique_ptr<Request> recv(const at::Tensor& tensor, int peer, int tag) = 0;
+  /// What send() and recv() call the global rank `peer`. Throws std::invalid_argument for a stranger.
+  virtual int index_of(int peer) const = 0;
+  virtual Request send(std::vector<at::Tensor>& tensor, int index, int tag) = 0;
+  virtual Request recv(std::vector<at::Tensor>& tensor, int index, int tag) = 0;
 };
 
 }  // namespace mimo_ext::comm

@@ -6,14 +6,37 @@
 
 namespace mimo_ext::comm {
 
-void Worker::submit(std::function<void()> task) {
-  {
-    const std::lock_guard lock(mutex_);
-    if (closed_) throw std::logic_error("worker '" + name_ + "' is closed");
-    tasks_.push_back(std::move(task));
-    if (!thread_.joinable()) thread_ = std::thread([this] { run(); });
+void Worker::rouse() {
+  if (!thread_.joinable()) {
+    thread_ = std::thread([this] { run(); });
+  } else if (asleep_) {
+    asleep_ = false;
+    changed_.notify_one();
   }
+}
+
+void Worker::submit(std::function<void()> task, When when) {
+  const std::lock_guard lock(mutex_);
+  if (closed_) throw std::logic_error("worker '" + name_ + "' is closed");
+  tasks_.push_back(std::move(task));
+  rouse();
+  if (when == When::kNow && !urgent_) {
+    urgent_ = true;
+    changed_.notify_one();
+  }
+}
+
+void Worker::hurry() {
+  const std::lock_guard lock(mutex_);
+  if (tasks_.empty() || urgent_) return;
+  urgent_ = true;
   changed_.notify_one();
+}
+
+void Worker::watching(bool on) {
+  const std::lock_guard lock(mutex_);
+  watching_ = on;
+  if (on && !closed_) rouse();
 }
 
 void Worker::close() {
@@ -29,16 +52,33 @@ void Worker::close() {
 
 void Worker::run() {
   pthread_setname_np(pthread_self(), name_.substr(0, 15).c_str());
+  auto busy = std::chrono::steady_clock::now();
   std::unique_lock lock(mutex_);
   for (;;) {
-    changed_.wait(lock, [this] { return closed_ || !tasks_.empty(); });
-    if (tasks_.empty()) return;
-    auto task = std::move(tasks_.front());
-    tasks_.pop_front();
-    lock.unlock();
-    task();
-    task = nullptr;  // what the task holds is released before the next wait
-    lock.lock();
+    changed_.wait_for(lock, kTick, [this] { return closed_ || urgent_; });
+    // All that is queued, whenever it is due: the thread is awake.
+    if (watching_ || !tasks_.empty()) busy = std::chrono::steady_clock::now();
+    if (watching_ && watch_) {
+      lock.unlock();
+      watch_();
+      lock.lock();
+    }
+    while (!tasks_.empty()) {
+      auto task = std::move(tasks_.front());
+      tasks_.pop_front();
+      lock.unlock();
+      task();
+      task = nullptr;  // what the task holds is released before the next wait
+      lock.lock();
+    }
+    urgent_ = false;
+    if (closed_) return;
+    if (!watching_ && std::chrono::steady_clock::now() - busy > kLinger) {
+      asleep_ = true;
+      changed_.wait(lock, [this] { return closed_ || urgent_ || !asleep_; });
+      asleep_ = false;
+      busy = std::chrono::steady_clock::now();
+    }
   }
 }
 

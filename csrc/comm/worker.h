@@ -2,36 +2,60 @@
 #pragma once
 
 #include <condition_variable>
-#include <deque>
 #include <functional>
 #include <mutex>
 #include <string>
 #include <thread>
 
+#include "comm/fifo.h"
+
 namespace mimo_ext::comm {
 
-/// Tasks must not throw. submit() and drain() may be called from any thread but the worker's own. The thread starts
-/// with the first task, so that an idle direction of a bridge costs nothing, and never touches Python.
+/// Tasks must not throw. All but the constructor may be called from any thread but the worker's own. The thread starts
+/// when it is first needed, so that an idle direction of a bridge costs nothing, and never touches Python.
+///
+/// To wake a thread for each task would cost the caller more than many a task is worth. A thread that was busy a moment
+/// ago looks around by itself, every `kTick`, and goes to sleep only after `kLinger` of idleness.
 class Worker {
  public:
-  /// `name` (at most 15 characters are shown) names the thread in debuggers.
-  explicit Worker(std::string name) : name_(std::move(name)) {}
+  static constexpr std::chrono::milliseconds kTick{20};
+  static constexpr std::chrono::milliseconds kLinger{1000};
+
+  enum class When : std::uint8_t {
+    kNow,
+    kSoon,  ///< within a tick
+  };
+
+  /// `name` (at most 15 characters are shown) names the thread in debuggers. `watch` is called once in a tick while
+  /// watching is on and no task runs.
+  explicit Worker(std::string name, std::function<void()> watch = {})
+      : name_(std::move(name)), watch_(std::move(watch)) {}
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
   /// Runs what is queued, then joins.
   ~Worker() { close(); }
 
-  void submit(std::function<void()> task);
-  /// Runs what is queued, then joins. Later tasks are refused (std::logic_error).
+  /// Throws std::logic_error after close().
+  void submit(std::function<void()> task, When when);
+  /// What is queued runs now.
+  void hurry();
+  void watching(bool on);
+  /// Runs what is queued, then joins. Later tasks are refused.
   void close();
 
  private:
   void run();
+  /// Starts or wakes the thread unless it looks around by itself. Under the lock.
+  void rouse();
 
   const std::string name_;
+  const std::function<void()> watch_;
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::deque<std::function<void()>> tasks_;
+  Fifo<std::function<void()>> tasks_;
+  bool urgent_ = false;
+  bool watching_ = false;
+  bool asleep_ = false;
   bool closed_ = false;
   std::thread thread_;
 };

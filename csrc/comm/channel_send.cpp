@@ -1,0 +1,199 @@
+// The sending half of a channel.
+#include <ATen/Functions.h>
+#include <c10/core/GradMode.h>
+
+#include <algorithm>
+
+#include "comm/channel_jobs.h"
+
+namespace mimo_ext::comm {
+
+Header Channel::header_for(const core::Microbatch& microbatch, bool no_gradient, bool expects_backward) const {
+  Header header;
+  header.sequence = next_send_;
+  header.config_hash = config_.hash;
+  header.no_gradient = no_gradient;
+  header.expects_backward = expects_backward;
+  header.dtype = static_cast<std::int64_t>(config_.dtype);
+  header.ndim = microbatch.ndim;
+  header.shape = microbatch.shape;
+  header.shape[static_cast<std::size_t>(microbatch.batch_dim)] = 0;
+  header.samples = microbatch.samples;
+  header.rows_per_sample = microbatch.ragged() ? 0 : microbatch.rows_per_sample;
+  if (microbatch.ragged()) {
+    const auto first = microbatch.rows.begin() + microbatch.lane_begin(sender_lane_, sender_.num_lanes());
+    const auto last = microbatch.rows.begin() + microbatch.lane_begin(sender_lane_ + 1, sender_.num_lanes());
+    header.rows.assign(first, last);
+    header.num_rows = static_cast<std::int64_t>(header.rows.size());
+  }
+  return header;
+}
+
+std::uint64_t Channel::row_shards_hash(const core::Microbatch& microbatch, int sender_lane, int receiver_lane) const {
+  if (!microbatch.row_shards) return 0;
+  const core::Overlap shared =
+      core::overlap_of(microbatch, sender_lane, sender_.num_lanes(), receiver_lane, receiver_.num_lanes());
+  if (shared.empty()) return 1;
+  // 0 says that there are none.
+  return std::max<std::uint64_t>(1, microbatch.row_shards->hash(shared.first, shared.last));
+}
+
+void Channel::post_headers(Header& header, const core::Microbatch& microbatch, SendJob& job) {
+  if (job.headers.empty()) {
+    for (std::size_t index = 0; index < header_receivers_.size(); ++index) {
+      job.words.push_back(at::empty({static_cast<std::int64_t>(Header::kWords)}, at::kLong));
+      job.headers.emplace_back().tensor = {job.words.back()};
+    }
+  }
+  at::Tensor row_counts;
+  job.row_counts.clear();
+  if (header.has_extension()) {
+    row_counts = at::empty({header.num_rows}, at::kLong);
+    std::copy(header.rows.begin(), header.rows.end(), row_counts.data_ptr<std::int64_t>());
+    for (std::size_t index = 0; index < header_receivers_.size(); ++index) {
+      job.row_counts.emplace_back().tensor = {row_counts};
+    }
+  }
+  for (std::size_t index = 0; index < header_receivers_.size(); ++index) {
+    const HeaderPeer& peer = header_receivers_[index];
+    header.row_shards_hash = row_shards_hash(microbatch, sender_lane_, peer.lane);
+    const Header::Words words = header.encode();
+    std::copy(words.begin(), words.end(), job.words[index].data_ptr<std::int64_t>());
+    HeaderSlot& slot = job.headers[index];
+    slot.request = post(true, slot.tensor, peer.index, peer.rank, kHeaderTag, send_name(), job.sequence);
+    if (row_counts.defined()) {
+      HeaderSlot& counts = job.row_counts[index];
+      counts.request = post(true, counts.tensor, peer.index, peer.rank, kRowsTag, send_name(), job.sequence);
+    }
+  }
+}
+
+std::shared_ptr<Delivery> Channel::send(std::shared_ptr<SendProgram> program, const at::Tensor& given,
+                                        bool expects_backward, std::int64_t forward_sequence, bool want_delivery) {
+  failure_.check();
+  const c10::NoGradGuard no_grad;
+  const bool tracing = trace_.on();
+  auto job = send_jobs_.take();
+  if (!job) job = std::make_unique<SendJob>();
+  job->sequence = next_send_;
+  job->times = {};
+  job->times.posted = tracing ? Times::now() : 0;
+  job->program = std::move(program);
+  const core::Microbatch& microbatch = *job->program->microbatch;
+  const std::vector<Transfer>& transfers = job->program->transfers;
+  if (want_delivery) job->delivery = new_delivery(true, job->sequence);
+
+  // Parts first: what needs packing may fail (memory), sends should not.
+  LocalItem local;
+  if (given.defined()) {
+    // Lazy conjugation and negation are no part of the storage.
+    const bool lazy = given.is_conj() || given.is_neg();
+    const at::Tensor x = lazy ? given.resolve_conj().resolve_neg() : given;
+    job->payload = job->program->pool.take();
+    if (!job->payload) job->payload = std::make_unique<Slots>(transfers, config_.dtype);
+    for (std::size_t index = 0; index < transfers.size(); ++index) {
+      if (transfers[index].local) {
+        local.boxes.push_back(part_of(transfers[index], x.detach()));  // outlives the job
+      } else {
+        job->payload->load(index, x);
+      }
+    }
+  }
+  try {
+    if (!config_.fixed) {
+      Header header = header_for(microbatch, !given.defined(), expects_backward);
+      header.forward_sequence = forward_sequence;
+      post_headers(header, microbatch, *job);
+      if (meets_itself_) {
+        header.row_shards_hash = row_shards_hash(microbatch, sender_lane_, receiver_lane_);
+        local.header = std::move(header);
+      }
+    }
+    for (std::size_t index = 0; job->payload && index < transfers.size(); ++index) {
+      const Transfer& transfer = transfers[index];
+      if (transfer.local) continue;
+      (*job->payload)[index].request = post(true, job->payload->tensor(index), transfer.index, transfer.peer,
+                                            kPayloadTag, send_name(), job->sequence);
+    }
+  } catch (const BridgeError&) {
+    failure_.set(std::current_exception());
+    failure_.check();
+  }
+  if (meets_itself_) {
+    const std::lock_guard lock(local_mutex_);
+    local_.push_back(std::move(local));
+    local_changed_.notify_all();
+  }
+  ++next_send_;
+  counters_.sends.fetch_add(1, std::memory_order_relaxed);
+  if (job->payload) counters_.bytes_sent.fetch_add(job->program->bytes, std::memory_order_relaxed);
+  bool crowded = false;
+  {
+    const std::lock_guard lock(room_mutex_);
+    ++in_flight_;
+    crowded = 2 * in_flight_ >= config_.max_in_flight;
+  }
+  auto delivery = job->delivery;
+  SendJob* raw = job.release();
+  const auto when = crowded || tracing ? Worker::When::kNow : Worker::When::kSoon;
+  send_worker_->submit([this, raw] { run_send(std::unique_ptr<SendJob>(raw)); }, when);
+  return delivery;
+}
+
+void Channel::hurry_sends() {
+  if (send_worker_) send_worker_->hurry();
+}
+
+bool Channel::wait_for_room(std::chrono::milliseconds limit) {
+  std::unique_lock lock(room_mutex_);
+  room_changed_.wait_for(lock, limit, [this] { return in_flight_ < config_.max_in_flight || failure_.failed(); });
+  return in_flight_ < config_.max_in_flight;
+}
+
+void Channel::run_send(std::unique_ptr<SendJob> job) {
+  std::exception_ptr failed;
+  try {
+    const auto wait = [&](Request& request, int peer) {
+      if (!request) return;
+      failure_.check();
+      wait_for(send_waiter_, request, "message to", peer, send_name(), job->sequence, {});
+    };
+    for (std::size_t index = 0; index < job->headers.size(); ++index) {
+      wait(job->headers[index].request, header_receivers_[index].rank);
+      if (index < job->row_counts.size()) wait(job->row_counts[index].request, header_receivers_[index].rank);
+    }
+    for (std::size_t index = 0; job->payload && index < job->payload->size(); ++index) {
+      wait((*job->payload)[index].request, job->program->transfers[index].peer);
+    }
+  } catch (...) {
+    failed = failure_.set(std::current_exception());
+  }
+  const std::int64_t bytes = job->payload ? job->program->bytes : 0;
+  if (trace_.on() && job->times.posted != 0 && !failed) {
+    job->times.started = job->times.posted;
+    job->times.ended = Times::now();
+    trace_.add({true, direction_ == core::Direction::kForward, job->sequence, bytes, job->times, 0, 0});
+  }
+  // The storage goes before anybody is told.
+  if (job->payload) {
+    job->payload->release();
+    if (!failed) job->program->pool.give(std::move(job->payload));
+    job->payload.reset();
+  }
+  job->program.reset();
+  if (auto delivery = std::move(job->delivery)) {
+    if (failed) {
+      delivery->set_error(failed);
+    } else {
+      delivery->set({}, nullptr, false, job->times, bytes);
+    }
+  }
+  if (!failed) send_jobs_.give(std::move(job));
+  {
+    const std::lock_guard lock(room_mutex_);
+    --in_flight_;
+  }
+  room_changed_.notify_all();
+}
+
+}  // namespace mimo_ext::comm

@@ -1,0 +1,231 @@
+#include "comm/program.h"
+
+#include <ATen/Functions.h>
+
+#include <algorithm>
+#include <map>
+#include <numeric>
+
+#include "ops/pack.h"
+
+namespace mimo_ext::comm {
+
+namespace {
+
+/// Boxes below this are packed together: copying them costs less than a message of their own (some 20 us with gloo).
+constexpr std::int64_t kSmallBytes = std::int64_t{32} << 10;
+constexpr std::int64_t kPackedBytes = std::int64_t{256} << 10;
+
+std::vector<std::int64_t> shape_of(const std::array<std::int64_t, core::kMaxDims>& extents, int ndim) {
+  return {extents.begin(), extents.begin() + ndim};
+}
+
+/// Whether the box is one range of a row-major tensor, and where it begins.
+bool one_range(const core::Box& box, const std::vector<std::int64_t>& shape, std::int64_t& offset) {
+  offset = 0;
+  bool partial = false;  // an axis that is not covered has been seen, from the innermost outwards
+  bool one = true;
+  std::int64_t stride = 1;
+  for (std::size_t axis = shape.size(); axis-- > 0;) {
+    offset += box.start[axis] * stride;
+    stride *= shape[axis];
+    if (partial && box.size[axis] != 1) one = false;
+    if (box.size[axis] != shape[axis]) partial = true;
+  }
+  return one;
+}
+
+void seal(Transfer& transfer, const std::vector<core::Box>& boxes, bool sending,
+          const std::vector<std::int64_t>& shape) {
+  // What is added to something that is there already arrives beside it.
+  transfer.in_place =
+      boxes.size() == 1 && (sending || transfer.contribution == 0) && one_range(boxes.front(), shape, transfer.offset);
+  for (const core::Box& box : boxes) {
+    for (std::size_t axis = 0; axis < shape.size(); ++axis) {
+      transfer.starts.push_back(box.start[axis]);
+      transfer.sizes.push_back(box.size[axis]);
+    }
+  }
+}
+
+std::int64_t bytes_of(const std::vector<Transfer>& transfers, int element_size) {
+  std::int64_t volume = 0;
+  for (const Transfer& transfer : transfers) volume += transfer.local ? 0 : transfer.volume;
+  return volume * element_size;
+}
+
+}  // namespace
+
+std::vector<Transfer> transfers_of(const std::vector<core::Message>& list, bool sending,
+                                   const std::vector<std::int64_t>& shape, int element_size,
+                                   const Transport& transport) {
+  using Key = std::array<int, 6>;
+  std::map<Key, std::size_t> open;  // where a further small box goes
+  std::vector<Transfer> transfers;
+  std::vector<std::vector<core::Box>> boxes;
+  std::size_t locals = 0;
+  for (const core::Message& message : list) {
+    const core::Box& box = sending ? message.send_box : message.recv_box;
+    const std::int64_t volume = box.volume();
+    const bool is_small = volume * element_size < kSmallBytes;
+    const Key key{message.sender,        message.receiver,     message.sender_lane,
+                  message.receiver_lane, message.contribution, message.chunk};
+    const auto found = open.find(key);
+    if (is_small && found != open.end() && (transfers[found->second].volume + volume) * element_size <= kPackedBytes) {
+      transfers[found->second].volume += volume;
+      boxes[found->second].push_back(box);
+      continue;
+    }
+    Transfer& transfer = transfers.emplace_back();
+    transfer.peer = sending ? message.receiver : message.sender;
+    transfer.local = transfer.peer == transport.rank();
+    transfer.index = transport.index_of(transfer.peer);
+    if (transfer.local) transfer.local_index = locals++;
+    transfer.sender_lane = message.sender_lane;
+    transfer.receiver_lane = message.receiver_lane;
+    transfer.chunk = message.chunk;
+    transfer.contribution = message.contribution;
+    transfer.volume = volume;
+    boxes.push_back({box});
+    // A box that comes after a large one must not overtake it: the messages of two ranks have one order.
+    if (is_small) {
+      open[key] = transfers.size() - 1;
+    } else {
+      open.erase(key);
+    }
+  }
+  for (std::size_t index = 0; index < transfers.size(); ++index) seal(transfers[index], boxes[index], sending, shape);
+  return transfers;
+}
+
+Slots::Slots(const std::vector<Transfer>& transfers, at::ScalarType dtype)
+    : transfers_(transfers), dtype_(dtype), nothing_(at::empty({0}, dtype).storage()), slots_(transfers.size()) {}
+
+void Slots::view(std::size_t index, const at::Tensor& whole) {
+  Slot& slot = slots_[index];
+  slot.staged = false;
+  if (slot.view.empty()) {
+    slot.view.push_back(at::empty({0}, dtype_));
+    slot.view.front().unsafeGetTensorImpl()->set_sizes_contiguous({transfers_[index].volume});
+  }
+  at::TensorImpl* tensor = slot.view.front().unsafeGetTensorImpl();
+  tensor->set_storage_keep_dtype(whole.storage());
+  tensor->set_storage_offset(whole.storage_offset() + transfers_[index].offset);
+}
+
+void Slots::stage(std::size_t index) {
+  Slot& slot = slots_[index];
+  slot.staged = true;
+  if (slot.staging.empty()) slot.staging.push_back(at::empty({transfers_[index].volume}, dtype_));
+}
+
+void Slots::load(std::size_t index, const at::Tensor& x) {
+  const Transfer& transfer = transfers_[index];
+  if (transfer.in_place && x.is_contiguous()) return view(index, x);
+  stage(index);
+  ops::pack_into(slots_[index].staging.front(), x, transfer.starts, transfer.sizes);
+}
+
+void Slots::aim(std::size_t index, const at::Tensor& result) {
+  if (transfers_[index].in_place) return view(index, result);
+  stage(index);
+}
+
+void Slots::unpack(std::size_t index, const at::Tensor& result) {
+  if (slots_[index].staged) write_part(transfers_[index], result, slots_[index].staging.front());
+}
+
+void Slots::release() {
+  for (Slot& slot : slots_) {
+    slot.request.reset();
+    if (!slot.view.empty()) slot.view.front().unsafeGetTensorImpl()->set_storage_keep_dtype(nothing_);
+  }
+}
+
+at::Tensor part_of(const Transfer& transfer, const at::Tensor& x) {
+  if (transfer.in_place && x.is_contiguous()) return x.view({-1}).narrow(0, transfer.offset, transfer.volume);
+  return ops::pack(x, transfer.starts, transfer.sizes);
+}
+
+void write_part(const Transfer& transfer, const at::Tensor& result, const at::Tensor& buffer) {
+  ops::unpack_(result, buffer, transfer.starts, transfer.sizes, transfer.contribution > 0);
+}
+
+SendProgram::SendProgram(const BridgeConfig& config, const Transport& transport, const core::Microbatch& of,
+                         core::Direction direction, std::pair<int, int> place)
+    : microbatch(std::make_shared<const core::Microbatch>(of)) {
+  const core::Plan plan = config.plan(of, direction);
+  shape = shape_of(plan.sender_shape(place.first, place.second), config.ndim);
+  const core::RankPlan mine = plan.for_rank(transport.rank(), true, false);
+  transfers = transfers_of(mine.sends, true, shape, of.element_size, transport);
+  bytes = bytes_of(transfers, of.element_size);
+}
+
+ReceiveProgram::ReceiveProgram(const BridgeConfig& config, const Transport& transport, const core::Microbatch& of,
+                               core::Direction direction, std::pair<int, int> place)
+    : microbatch(std::make_shared<const core::Microbatch>(of)), dtype(config.dtype) {
+  const core::Plan plan = config.plan(of, direction);
+  shape = shape_of(plan.receiver_shape(place.first, place.second), config.ndim);
+  const core::RankPlan mine = plan.for_rank(transport.rank(), false, true);
+  const auto transfers = [&](const std::vector<core::Message>& list, bool sending) {
+    return transfers_of(list, sending, shape, of.element_size, transport);
+  };
+  receives = transfers(mine.receives, false);
+  lane_sends = transfers(mine.lane_sends, true);
+  lane_receives = transfers(mine.lane_receives, false);
+  bytes_received = bytes_of(receives, of.element_size) + bytes_of(lane_receives, of.element_size);
+  bytes_forwarded = bytes_of(lane_sends, of.element_size);
+
+  const auto stage_of = [](const Transfer& transfer) { return std::pair(transfer.chunk, transfer.sender_lane); };
+  const auto by_stage = [&](const Transfer& a, const Transfer& b) { return stage_of(a) < stage_of(b); };
+  // Messages of two ranks belong to one stage, or come in the order of the stages already.
+  std::stable_sort(receives.begin(), receives.end(), by_stage);
+  std::stable_sort(lane_sends.begin(), lane_sends.end(), by_stage);
+  std::size_t send = 0;
+  for (std::size_t begin = 0; begin < receives.size();) {
+    Stage& stage = stages.emplace_back();
+    stage.sender_lane = receives[begin].sender_lane;
+    stage.first_receive = begin;
+    const auto key = stage_of(receives[begin]);
+    while (begin < receives.size() && stage_of(receives[begin]) == key) ++begin;
+    stage.last_receive = begin;
+    stage.first_send = send;
+    while (send < lane_sends.size() && stage_of(lane_sends[send]) <= key) ++send;
+    stage.last_send = send;
+  }
+  unpack_order.resize(receives.size());
+  std::iota(unpack_order.begin(), unpack_order.end(), std::size_t{0});
+  for (const Stage& stage : stages) {
+    std::stable_sort(
+        unpack_order.begin() + static_cast<std::ptrdiff_t>(stage.first_receive),
+        unpack_order.begin() + static_cast<std::ptrdiff_t>(stage.last_receive),
+        [this](std::size_t a, std::size_t b) { return receives[a].contribution < receives[b].contribution; });
+  }
+}
+
+ReceiveProgram::Incoming::Incoming(const ReceiveProgram& program)
+    : receives(program.receives, program.dtype),
+      lane_sends(program.lane_sends, program.dtype),
+      lane_receives(program.lane_receives, program.dtype) {}
+
+bool ReceiveProgram::Incoming::skips(int sender_lane) const {
+  return std::find(without_gradient.begin(), without_gradient.end(), sender_lane) != without_gradient.end();
+}
+
+std::unique_ptr<ReceiveProgram::Incoming> ReceiveProgram::take() {
+  auto incoming = pool_.take();
+  return incoming ? std::move(incoming) : std::make_unique<Incoming>(*this);
+}
+
+void ReceiveProgram::give(std::unique_ptr<Incoming> incoming) {
+  incoming->result.reset();
+  incoming->receives.release();
+  incoming->lane_sends.release();
+  incoming->lane_receives.release();
+  incoming->without_gradient.clear();
+  incoming->local.clear();
+  incoming->progress = {};
+  pool_.give(std::move(incoming));
+}
+
+}  // namespace mimo_ext::comm

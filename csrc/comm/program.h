@@ -1,0 +1,165 @@
+// A plan as one rank carries it out: prepared once per plan, used for every microbatch that it fits.
+//
+// A program knows which ranges of the rank's tensor travel in which message, and keeps the buffers of finished
+// microbatches for the next ones: a steady state allocates nothing but the tensors that it hands out. Programs are
+// immutable but for these buffers, which have a mutex of their own; a set of buffers belongs to one microbatch at a
+// time.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "comm/config.h"
+#include "comm/transport.h"
+#include "core/plan.h"
+
+namespace mimo_ext::comm {
+
+/// One message: a box of the tensor, or several small ones that travel together.
+struct Transfer {
+  int peer = 0;   ///< global rank
+  int index = 0;  ///< what the transport calls it
+  int sender_lane = 0;
+  int receiver_lane = 0;
+  int chunk = 0;
+  int contribution = 0;         ///< 0 writes, higher ones add, in ascending order
+  bool local = false;           ///< from this rank to itself
+  std::size_t local_index = 0;  ///< among those
+  bool in_place = false;        ///< one range of a contiguous tensor: no packing
+  std::int64_t offset = 0;
+  std::int64_t volume = 0;           ///< elements
+  std::vector<std::int64_t> starts;  ///< of the boxes, as ops::pack takes them
+  std::vector<std::int64_t> sizes;
+};
+
+/// The tensors of a transfer while it is under way.
+struct Slot {
+  std::vector<at::Tensor> view;     ///< one: a range of the tensor that is sent or received
+  std::vector<at::Tensor> staging;  ///< one, where the transfer is packed
+  bool staged = false;              ///< which of the two is in use
+  Request request;
+};
+
+/// The slots of a list of transfers.
+class Slots {
+ public:
+  Slots(const std::vector<Transfer>& transfers, at::ScalarType dtype);
+
+  std::size_t size() const { return slots_.size(); }
+  Slot& operator[](std::size_t index) { return slots_[index]; }
+  /// Makes transfer `index` carry its part of `x`: a view of a contiguous `x`, else packed.
+  void load(std::size_t index, const at::Tensor& x);
+  /// Makes transfer `index` arrive in the contiguous `result` itself, or beside it.
+  void aim(std::size_t index, const at::Tensor& result);
+  /// What load() or aim() has prepared.
+  std::vector<at::Tensor>& tensor(std::size_t index) {
+    return slots_[index].staged ? slots_[index].staging : slots_[index].view;
+  }
+  /// Writes what came beside `result` into it.
+  void unpack(std::size_t index, const at::Tensor& result);
+  /// Lets go of the tensor that was sent or received.
+  void release();
+
+ private:
+  void stage(std::size_t index);
+  void view(std::size_t index, const at::Tensor& whole);
+
+  const std::vector<Transfer>& transfers_;
+  at::ScalarType dtype_;
+  at::Storage nothing_;
+  std::vector<Slot> slots_;
+};
+
+/// Objects that one microbatch after the other uses. Thread-safe.
+template <typename T>
+class Pool {
+ public:
+  /// Null where none is free.
+  std::unique_ptr<T> take() {
+    const std::lock_guard lock(mutex_);
+    if (free_.empty()) return nullptr;
+    auto object = std::move(free_.back());
+    free_.pop_back();
+    return object;
+  }
+  void give(std::unique_ptr<T> object) {
+    const std::lock_guard lock(mutex_);
+    free_.push_back(std::move(object));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<T>> free_;
+};
+
+/// The elements of `transfer` in `x`, in a tensor of their own: a view where possible.
+at::Tensor part_of(const Transfer& transfer, const at::Tensor& x);
+/// Writes (or adds) the elements of `transfer` into `result`.
+void write_part(const Transfer& transfer, const at::Tensor& result, const at::Tensor& buffer);
+
+class SendProgram {
+ public:
+  SendProgram(const BridgeConfig& config, const Transport& transport, const core::Microbatch& of,
+              core::Direction direction, std::pair<int, int> place);
+
+  const std::shared_ptr<const core::Microbatch> microbatch;
+  std::vector<std::int64_t> shape;  ///< of the tensor that this rank sends
+  std::vector<Transfer> transfers;
+  std::int64_t bytes = 0;  ///< sent to others
+  Pool<Slots> pool;
+};
+
+class ReceiveProgram {
+ public:
+  ReceiveProgram(const BridgeConfig& config, const Transport& transport, const core::Microbatch& of,
+                 core::Direction direction, std::pair<int, int> place);
+
+  /// What is forwarded together: one chunk from one sender lane. Ranges of `receives` and `lane_sends`.
+  struct Stage {
+    int sender_lane = 0;
+    std::size_t first_receive = 0;
+    std::size_t last_receive = 0;
+    std::size_t first_send = 0;
+    std::size_t last_send = 0;
+  };
+  /// The buffers of one microbatch, and how far it has come.
+  struct Incoming {
+    explicit Incoming(const ReceiveProgram& program);
+    at::Tensor result;
+    Slots receives;
+    Slots lane_sends;
+    Slots lane_receives;
+    std::vector<int> without_gradient;      ///< sender lanes that have none
+    std::vector<at::Tensor> local;          ///< what this rank sent to itself, in the order of its transfers
+    std::array<std::size_t, 4> progress{};  ///< stages, receives, lane receives, lane sends that are complete
+    bool skips(int sender_lane) const;
+  };
+  std::unique_ptr<Incoming> take();
+  void give(std::unique_ptr<Incoming> incoming);
+
+  const std::shared_ptr<const core::Microbatch> microbatch;
+  const at::ScalarType dtype;
+  std::vector<std::int64_t> shape;        ///< of the tensor that this rank receives
+  std::vector<Transfer> receives;         ///< by stage
+  std::vector<std::size_t> unpack_order;  ///< of receives, within each stage: contributions in ascending order
+  std::vector<Transfer> lane_sends;       ///< by stage
+  std::vector<Transfer> lane_receives;
+  std::vector<Stage> stages;
+  std::int64_t bytes_received = 0;  ///< from others
+  std::int64_t bytes_forwarded = 0;
+
+ private:
+  Pool<Incoming> pool_;
+};
+
+/// The messages of `list` in its order; small boxes of the same stage between the same ranks become one message. Both
+/// ends see the same sequence.
+std::vector<Transfer> transfers_of(const std::vector<core::Message>& list, bool sending,
+                                   const std::vector<std::int64_t>& shape, int element_size,
+                                   const Transport& transport);
+
+}  // namespace mimo_ext::comm
