@@ -30,6 +30,8 @@ NETNS = Path("/run/netns")
 INTERFACE = "nic0"
 MTU = 9000
 BURST_BYTES = 16 * 1024
+BURST_S = 0.7e-3  # a slow link's bucket is smaller: it must not carry a good part of a payload for nothing
+LEAST_BURST_BYTES = MTU + 512  # a packet must fit
 # What a port buffers before it drops: enough for the fan-in of all ranks, as fabrics for training lose nothing.
 BUFFER_BYTES = 8 * 1024 * 1024
 CLONE_NEWNET = 0x40000000
@@ -195,7 +197,8 @@ def enter_namespace(name: str) -> None:
 
 
 def _limit(link: str, mbit: float) -> str:
-    return f"qdisc add dev {link} root tbf rate {round(mbit * 1e6)}bit burst {BURST_BYTES} limit {BUFFER_BYTES}"
+    burst = min(BURST_BYTES, max(LEAST_BURST_BYTES, round(mbit * 1e6 / 8 * BURST_S)))
+    return f"qdisc add dev {link} root tbf rate {round(mbit * 1e6)}bit burst {burst} limit {BUFFER_BYTES}"
 
 
 def _namespaces() -> list[str]:

@@ -21,13 +21,13 @@ from typing import Any
 
 from emulation import INTERFACE, EmulatedCluster, enter_namespace
 
-PRELOADED = [
+PRELOADED = (
     "torch",
     "torch.distributed",
     "mimo_ext",
     "megatron.core.pipeline_parallel.bridge_communicator",
     "transfers",
-]
+)
 GROUP_TIMEOUT = timedelta(seconds=60)
 
 
@@ -86,10 +86,14 @@ class RankPool:
 
 
 @contextlib.contextmanager
-def rank_pool(cluster: EmulatedCluster) -> Iterator[RankPool]:
-    """The ranks of `cluster`; they end with the block, or with this process."""
+def rank_pool(cluster: EmulatedCluster, preloaded: Sequence[str] = PRELOADED) -> Iterator[RankPool]:
+    """The ranks of `cluster`; they end with the block, or with this process.
+
+    Args:
+        preloaded: modules that are imported once for all ranks of this process's first pool.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(list(preloaded))
     meet = context.Barrier(cluster.world_size, timeout=GROUP_TIMEOUT.total_seconds())
     processes: list[BaseProcess] = []
     pipes: list[multiprocessing.connection.Connection] = []

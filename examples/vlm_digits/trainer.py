@@ -25,6 +25,7 @@ from mimo_ext import Bridge
 from mimo_ext.megatron import cpu
 from mimo_ext.megatron.communicator import MultiModulePipelineCommunicator
 from mimo_ext.megatron.config import MimoParallelismConfig, ModuleParallelismConfig
+from mimo_ext.megatron.overlap import overlapped
 from mimo_ext.megatron.parallel_utils import (
     build_pg_collection_for_schedule,
     finalize_model_grads_multimodule,
@@ -37,6 +38,8 @@ from mimo_ext.megatron.provider import MimoModelProvider
 from .data import MAX_DIGITS, PAD, SEQUENCE_LENGTH, TOKENS_PER_IMAGE, TRAIN, NumberBatch, Numbers, as_text
 from .layout import VlmLayout, check_batch
 from .model import ENCODER, IMAGES, LANGUAGE, SPECIAL_TOKEN_IDS, language_spec, vision_spec
+
+AXES = {"s": 0, "b": 1, "h": 2}  # of what travels between the pipeline stages
 
 
 @dataclass
@@ -88,6 +91,8 @@ class Trainer:
         recipe: how to train.
         load: called with the rank's MimoModel before it is wrapped, to replace its initial weights.
         timeout: how long a transfer may take before the bridge raises.
+        overlap: let transfers between modules on ranks of their own run while the ranks compute.
+        extra_warmup: with `overlap`: microbatches that each stage computes ahead of the next one, beyond those of 1F1B.
     """
 
     def __init__(
@@ -97,8 +102,11 @@ class Trainer:
         recipe: Recipe,
         load: Callable[[torch.nn.Module], None] | None = None,
         timeout: timedelta = timedelta(seconds=60),
+        overlap: bool = True,
+        extra_warmup: int = 0,
     ) -> None:
         self.layout, self.numbers, self.recipe = layout, numbers, recipe
+        self.overlap, self.extra_warmup = overlap, extra_warmup
         self.modules = layout.modules_of(dist.get_rank())
         provider = build_provider(layout)
         self.infra = provider.get_or_build_infra()
@@ -110,7 +118,7 @@ class Trainer:
             pre_wrap_hook=hook,
         )[0]
         self.config = get_model_config(self.model)
-        self.communicator: MultiModulePipelineCommunicator | None = None
+        self.communicator: Any = None  # or that of another implementation: Megatron's schedule takes any
         if layout.colocated:
             self.model.build_bridges(timeout)
         else:
@@ -118,7 +126,7 @@ class Trainer:
                 self.infra.module_to_grid_map,
                 self.infra.topology,
                 self.config,
-                dim_mapping={"s": 0, "b": 1, "h": 2},
+                dim_mapping=dict(AXES),
                 module_output_ndim=self.infra.module_output_ndim,
                 timeout=timeout,
                 device="cpu",
@@ -251,9 +259,10 @@ class Trainer:
         }
         if self.communicator is None:
             return forward_backward_no_pipelining(**options, pg_collection=self.pg_collection[LANGUAGE])
-        return forward_backward_pipelining_without_interleaving(
-            **options, p2p_communicator=self.communicator, pg_collection=self.pg_collection
-        )
+        schedule = forward_backward_pipelining_without_interleaving
+        if self.overlap:
+            schedule = overlapped(schedule, extra_warmup=self.extra_warmup)
+        return schedule(**options, p2p_communicator=self.communicator, pg_collection=self.pg_collection)
 
     def _lane(self, name: str, microbatch: NumberBatch) -> NumberBatch:
         """The samples of this rank's lane of module `name`. Modules on the same ranks may have different lanes."""

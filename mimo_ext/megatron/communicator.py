@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -30,7 +30,7 @@ from mimo_ext._setup import Setup
 from mimo_ext.megatron.adapters import _prepare_tensor_for_comm, _restore_tensor_from_comm
 from mimo_ext.megatron.bridge_communicator import BridgeCommunicator, default_device
 from mimo_ext.megatron.hop import Shape, StageCommunicator
-from mimo_ext.megatron.overlap import Receives, overlapping
+from mimo_ext.megatron.overlap import Receives, check_count, overlapping
 from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY
 from mimo_ext.megatron.stage_io import Input, Output, StageIO
 from mimo_ext.megatron.topology import (
@@ -140,6 +140,7 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
         self._links: tuple[list[Receives], list[Receives]] = [], []  # of activations, of gradients
         self._sharded_delivery = sharded_delivery
         self._sharding: Any = None  # of the bound model, where its rows go in shards
+        self._lead = 1  # microbatches that a stage has computed more than the next one under 1F1B
         self._closed = False
 
         # The bridges are described first, then the ranks meet once for all of them, and then they are connected.
@@ -359,7 +360,8 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
     @property
     def total_stages(self) -> int:
         """Pipeline stages along the longest path through the modules."""
-        return self.compute_total_pipeline_stages(self.topology, self.module_to_grid_map)
+        stages = self.compute_total_pipeline_stages(self.topology, self.module_to_grid_map)
+        return (stages - 1) * self._lead + 1
 
     @property
     def current_stage(self) -> int:
@@ -368,7 +370,8 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
         Raises:
             ValueError: this rank is in no module.
         """
-        return self.compute_total_pipeline_stages(self.topology, self.module_to_grid_map, rank=self.current_rank) - 1
+        stages = self.compute_total_pipeline_stages(self.topology, self.module_to_grid_map, rank=self.current_rank)
+        return (stages - 1) * self._lead
 
     @staticmethod
     def compute_total_pipeline_stages(
@@ -487,9 +490,10 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
 
     # -- transfers while the ranks compute -------------------------------------------------------------------------
 
+    @contextmanager
     def overlap(
-        self, num_microbatches: int, *, forward_only: bool = False, ahead: int = 1
-    ) -> AbstractContextManager[None]:
+        self, num_microbatches: int, *, forward_only: bool = False, ahead: int = 1, extra_warmup: int = 0
+    ) -> Iterator[None]:
         """Post receives before the schedule asks for them: `with communicator.overlap(num_microbatches): schedule()`.
 
         Inside of the block the next microbatch's activation is under way while this one is computed, and the gradient
@@ -501,17 +505,29 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
         posted, so it must be longer than what a peer computes between two microbatches. Use this communicator's
         operations in the block, not those of its `bridge_comms` and `p2p_communicator`.
 
+        1F1B itself leaves no time for a transfer: a stage has computed just one microbatch more than the next one when
+        it needs that one's gradient. `extra_warmup` lets it compute so many more, as `total_stages` and
+        `current_stage`, of which the schedule takes the length of its warm-up, are counted accordingly in the block.
+        Every stage then keeps up to `extra_warmup` times the number of stages behind it more microbatches.
+
         Args:
             num_microbatches: of the one schedule that runs in the block.
             forward_only: no gradients are received.
             ahead: receives per link that are posted at most before they are asked for.
+            extra_warmup: microbatches that a stage is further ahead of the next one.
 
         Raises:
             ValueError: numbers that are too small or no integers.
             RuntimeError: within another `overlap`; at the end of the block: fewer microbatches were received.
         """
         self._require_open("overlap")
-        return overlapping(*self._links, num_microbatches, forward_only, ahead)
+        check_count("extra_warmup", extra_warmup, 0)
+        with overlapping(*self._links, num_microbatches, forward_only, ahead):
+            before, self._lead = self._lead, 1 + extra_warmup
+            try:
+                yield
+            finally:
+                self._lead = before
 
     def _operation(self, name: str) -> record_function:
         self._require_open(name)

@@ -115,9 +115,8 @@ def overlapping(
     ahead: int,
 ) -> Iterator[None]:
     """What `MultiModulePipelineCommunicator.overlap` does, on the links of one rank."""
-    for value, name, least in ((num_microbatches, "num_microbatches", 0), (ahead, "ahead", 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected an integer of {least} or more, got {value!r}")
+    check_count("num_microbatches", num_microbatches, 0)
+    check_count("ahead", ahead, 1)
     links = [*activations, *gradients]
     try:
         for link in activations:
@@ -137,7 +136,15 @@ def overlapping(
         )
 
 
-def overlapped(forward_backward_func: Callable[..., _Result], ahead: int = 1) -> Callable[..., _Result]:
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raises ValueError unless it is an integer, and large enough."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an integer of {least} or more, got {value!r}")
+
+
+def overlapped(
+    forward_backward_func: Callable[..., _Result], ahead: int = 1, extra_warmup: int = 0
+) -> Callable[..., _Result]:
     """A pipeline schedule of Megatron's, with receives posted ahead.
 
     It takes the schedule's own arguments, and reads `p2p_communicator`, `num_microbatches` and `forward_only` of the
@@ -145,7 +152,7 @@ def overlapped(forward_backward_func: Callable[..., _Result], ahead: int = 1) ->
 
     Args:
         forward_backward_func: e.g. `forward_backward_pipelining_without_interleaving`; arguments by keyword.
-        ahead: see `MultiModulePipelineCommunicator.overlap`.
+        ahead, extra_warmup: see `MultiModulePipelineCommunicator.overlap`.
     """
 
     @functools.wraps(forward_backward_func)
@@ -153,8 +160,8 @@ def overlapped(forward_backward_func: Callable[..., _Result], ahead: int = 1) ->
         overlap = getattr(kwargs.get("p2p_communicator"), "overlap", None)
         if not callable(overlap):
             return forward_backward_func(*args, **kwargs)
-        num_microbatches = kwargs["num_microbatches"]
-        with overlap(num_microbatches, forward_only=bool(kwargs.get("forward_only", False)), ahead=ahead):
+        options = {"forward_only": bool(kwargs.get("forward_only", False)), "ahead": ahead}
+        with overlap(kwargs["num_microbatches"], **options, extra_warmup=extra_warmup):
             return forward_backward_func(*args, **kwargs)
 
     return schedule

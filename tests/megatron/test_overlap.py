@@ -162,8 +162,8 @@ class Communicator:
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
-    def overlap(self, num_microbatches: int, *, forward_only: bool, ahead: int) -> Any:
-        self.calls.append((num_microbatches, forward_only, ahead))
+    def overlap(self, num_microbatches: int, *, forward_only: bool, ahead: int, extra_warmup: int) -> Any:
+        self.calls.append((num_microbatches, forward_only, ahead, extra_warmup))
         return overlapping([], [], num_microbatches, forward_only, ahead)
 
 
@@ -176,11 +176,11 @@ def test_overlapped_reads_the_call_and_returns_the_schedules_result() -> None:
         return [num_microbatches]
 
     communicator = Communicator()
-    ours = overlapped(schedule, ahead=2)
+    ours = overlapped(schedule, ahead=2, extra_warmup=3)
     assert ours.__doc__ == "The schedule's own words."
     assert ours(num_microbatches=3, p2p_communicator=communicator) == [3]
     assert ours(num_microbatches=4, forward_only=True, p2p_communicator=communicator) == [4]
-    assert communicator.calls == [(3, False, 2), (4, True, 2)]
+    assert communicator.calls == [(3, False, 2, 3), (4, True, 2, 3)]
     # Without a communicator of ours it is the schedule itself.
     assert ours(num_microbatches=5) == [5]
     other = object()
@@ -196,8 +196,9 @@ def test_1f1b_with_receives_ahead_gives_the_gradients_of_one_process(
 
     def body(rank: int) -> None:
         communicator = communicator_fakes.make(case)
-        for forward_only in (True, False, True, False):  # evaluation before, between and after
-            with communicator.overlap(case.num_microbatches, forward_only=forward_only):
+        for extra, forward_only in ((0, True), (0, False), (1, True), (1, False), (2, False)):
+            options = {"forward_only": forward_only, "extra_warmup": extra}
+            with communicator.overlap(case.num_microbatches, **options):
                 result = pm.train_rank(communicator, case, rank, forward_only)
             pm.check_rank(case, rank, result, forward_only)
             assert not any(link.posted for links in communicator._links for link in links)
@@ -261,7 +262,34 @@ def test_overlap_of_a_closed_communicator_is_an_error(monkeypatch: pytest.Monkey
     def body(rank: int) -> None:
         communicator = communicator_fakes.make(SIMPLE)
         communicator.close()
-        with pytest.raises(RuntimeError, match=f"rank {rank}: overlap on a closed"):
-            communicator.overlap(1)
+        with pytest.raises(RuntimeError, match=f"rank {rank}: overlap on a closed"), communicator.overlap(1):
+            pass
 
     world.run(body)
+
+
+def test_extra_warmup_lengthens_the_warmup_of_every_stage_but_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[2]  # images of three stages and audio of one, both feeding a language model of two
+    world = communicator_fakes.install(monkeypatch, case.world_size)
+
+    def warmups(communicator: Any) -> int:
+        return int(communicator.total_stages - communicator.current_stage - 1)  # as the schedule counts
+
+    def body(rank: int) -> list[int]:
+        communicator = communicator_fakes.make(case)
+        found = [warmups(communicator)]
+        for extra in (0, 1, 2):
+            with communicator.overlap(1, extra_warmup=extra):
+                found.append(warmups(communicator))
+        with pytest.raises(ArithmeticError), communicator.overlap(1, extra_warmup=1):
+            raise ArithmeticError
+        assert (communicator.total_stages, communicator.current_stage) == (5, [0, 1, 2, 0, 3, 4][rank])
+        with (
+            pytest.raises(ValueError, match=r"extra_warmup: .* 0 or more, got -1"),
+            communicator.overlap(1, extra_warmup=-1),
+        ):
+            pass
+        return found
+
+    found = world.run(body)
+    assert found == [[w, w, 2 * w, 3 * w] for w in (4, 3, 2, 4, 1, 0)]

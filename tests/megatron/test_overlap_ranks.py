@@ -43,10 +43,11 @@ def differing_results(rank: int, world_size: int) -> list[str]:
     for case in (*CASES, *MORE_CASES):
         with make(case) as communicator:
             results = []
-            for ahead in (0, 1, 3):
+            for ahead, extra in ((0, 0), (1, 0), (3, 0), (2, 1)):
                 for forward_only in (True, False):  # evaluation, training, and evaluation again
                     if ahead:
-                        with communicator.overlap(case.num_microbatches, forward_only=forward_only, ahead=ahead):
+                        options = {"forward_only": forward_only, "ahead": ahead, "extra_warmup": extra}
+                        with communicator.overlap(case.num_microbatches, **options):
                             results.append(pm.train_rank(communicator, case, rank, forward_only))
                     else:
                         results.append(pm.train_rank(communicator, case, rank, forward_only))
@@ -71,8 +72,9 @@ def test_values_are_identical_with_and_without_receives_ahead() -> None:
 
 def megatrons_schedule(rank: int, world_size: int) -> list[str]:
     failures = []
-    schedule = overlapped(forward_backward_pipelining_without_interleaving)
-    for case in (CASES[2], MORE_CASES[0]):  # encoders of unequal depth; several pipelines side by side
+    # Encoders of unequal depth; several pipelines side by side.
+    for case, extra in ((CASES[2], 0), (CASES[2], 1), (MORE_CASES[0], 0)):
+        schedule = overlapped(forward_backward_pipelining_without_interleaving, extra_warmup=extra)
         config = ModelParallelConfig(
             pipeline_dtype=pm.DTYPE, params_dtype=pm.DTYPE, variable_seq_lengths=True, deallocate_pipeline_outputs=True
         )
