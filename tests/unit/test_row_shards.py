@@ -362,3 +362,41 @@ def test_plans_say_that_rows_are_dealt_and_differ_by_how():
     assert plan.reversed().reversed() == plan
     assert plan.microbatch.rows == [2]
     assert plan.microbatch.row_shards == case.row_shards()
+
+
+# Bytes
+
+
+def received(plan: Plan) -> dict[int, int]:
+    """Elements that each rank takes from the network, by rank: from senders and from replicas in its lane."""
+    totals: dict[int, int] = defaultdict(int)
+    for rank in {rank for side in (plan.source, plan.destination) for rank, _, _ in members(side)}:
+        mine = plan.for_rank(rank)
+        for message in [*mine["receives"], *mine["lane_receives"]]:
+            totals[rank] += int(np.prod([size for _, size in message["recv_box"]]))
+    return totals
+
+
+@pytest.mark.parametrize(
+    ("tp", "cp", "sequence_parallel"), [(2, 1, True), (8, 1, True), (1, 4, False), (4, 2, True), (4, 2, False)]
+)
+def test_a_rank_receives_its_share_of_the_bytes_that_replicated_delivery_takes(tp, cp, sequence_parallel):
+    """Images spread evenly over the sequence: 1 / shards of the rows, on the way there and on the way back."""
+    samples, length, hidden = 4, 64, 16
+    mask = (torch.arange(length) % 4 != 0).expand(samples, length).contiguous()
+    shards = RowShards.from_mask(mask, tp=tp, cp=cp, sequence_parallel=sequence_parallel)
+    src, dst = Layout(range(4), dp=4), Layout(range(4, 4 + tp * cp), tp=tp, cp=cp)
+
+    def plans(row_shards: RowShards | None) -> tuple[Plan, Plan]:
+        shape, rows = [mask.sum().item(), hidden], shards.row_counts()
+        options = {"ndim": 2, "batch_dim": 0, "seq_dim": 0, "samples": samples, "shape": shape, "rows": rows}
+        forward = Plan(src.boundary(), dst.boundary(), _C.Microbatch(**options, row_shards=row_shards))
+        return forward, forward.reversed()
+
+    whole = mask.sum().item() * hidden
+    replicated, dealt = plans(None), plans(shards)
+    assert {received(replicated[0])[rank] for rank in dst.ranks} == {whole}
+    assert {received(dealt[0])[rank] for rank in dst.ranks} == {whole // shards.num_shards}
+    # On the way back the copies of replicated delivery are partial gradients under context parallelism: all travel.
+    assert sum(received(replicated[1]).values()) == whole * cp
+    assert sum(received(dealt[1]).values()) == whole
