@@ -32,6 +32,7 @@ from mimo_ext.megatron.bridge_communicator import BridgeCommunicator, default_de
 from mimo_ext.megatron.hop import Shape, StageCommunicator
 from mimo_ext.megatron.overlap import Receives, check_count, overlapping
 from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY
+from mimo_ext.megatron.sharded import delivery_of
 from mimo_ext.megatron.stage_io import Input, Output, StageIO
 from mimo_ext.megatron.topology import (
     DEFAULT_DIM_MAPPING,
@@ -100,9 +101,9 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
         device: where received tensors live; default the current CUDA device if the default group is NCCL's, else the
             CPU.
         model: see `bind`.
-        sharded_delivery: False: whole tensors also to a language model whose ranks use a part each. None: as the bound
-            model says (its argument of this name), if its encoders' outputs have two dimensions. True: raise where
-            that is not so.
+        sharded_delivery: False: whole tensors also to a language model whose ranks use a part each. None: as the model
+            says (its argument of this name), if its encoders' outputs have two dimensions; without `model`, the one
+            that was built with this very `config` (``get_model_config(model)``). True: raise where that is not so.
 
     Raises:
         ValueError, TypeError: arguments that cannot work; rank, module, expected and got are named.
@@ -150,8 +151,8 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
             self._check_arguments()
             if model is not None:
                 self.bind(model)
-            elif sharded_delivery is True:
-                raise ValueError("sharded_delivery=True: expected the model (model=), got None")
+            else:
+                self._choose_delivery(delivery_of(config))
             self._build_bridge_comms(setup)
             self._build_hops(setup)
         except Exception as error:
@@ -297,7 +298,8 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
 
         A model with `sharded` (see its `sharded_delivery`) also says which ranks of the language model use which rows,
         and those alone travel. `recv_forward` then returns leaves that have their rows only when the model has run.
-        All ranks bind their models, or none does.
+        All ranks bind their models, or none does. (A communicator that was given the model's own config knows this
+        much without.)
 
         Returns:
             self.
@@ -314,19 +316,28 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
                 f"expected a model with row_counts (mimo_ext.megatron.model.MimoModel), got {type(inner).__name__}"
             )
         self._row_counts = inner.row_counts
-        self._sharding = None if self._sharded_delivery is False else getattr(inner, "sharded", None)
-        if self._sharding is not None:
-            others = sorted(name for name in self._sharding.modules if self._output_ndim(name) != 2)
-            if others and self._sharded_delivery is True:
-                raise ValueError(f"sharded_delivery=True: expected outputs of 2 dimensions, got others of {others}")
-            self._sharding = None if others else self._sharding
-        if self._sharding is None and self._sharded_delivery is True:
-            raise ValueError(
-                "sharded_delivery=True: expected a model that delivers to its language model in shards, got one that "
-                "does not (sharded_delivery of the model)"
-            )
+        self._choose_delivery(getattr(inner, "sharded", None))
         self._share_rows()
         return self
+
+    def _choose_delivery(self, sharding: Any) -> None:
+        """Deliver to the language model as the model's `sharded` says, where that is possible and wanted.
+
+        Raises:
+            ValueError: it is wanted in any case.
+        """
+        obstacle = ""
+        if sharding is None:
+            obstacle = (
+                "a model that delivers in shards (see its sharded_delivery), as model= or by its config; got none"
+            )
+        elif others := sorted(name for name in sharding.modules if self._output_ndim(name) != 2):
+            obstacle = f"outputs of 2 dimensions, got others of {others}"
+        elif others := sorted(n for n in sharding.modules if MIMO_LANGUAGE_MODULE_KEY not in self.topology.get(n, [])):
+            obstacle = f"encoders that feed '{MIMO_LANGUAGE_MODULE_KEY}', got {others} that do not"
+        if obstacle and self._sharded_delivery is True:
+            raise ValueError(f"sharded_delivery=True: expected {obstacle}")
+        self._sharding = None if obstacle or self._sharded_delivery is False else sharding
 
     # -- where this rank stands ------------------------------------------------------------------------------------
 

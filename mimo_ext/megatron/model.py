@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 from collections import deque
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -18,11 +17,10 @@ from megatron.core.models.mimo.config import MimoModelConfig
 from megatron.core.models.mimo.submodules.base import ModalitySubmodules
 from megatron.core.utils import unwrap_model
 
-from mimo_ext import Bridge
 from mimo_ext.megatron.colocated import ColocatedBridges, modules_to_bridge, sizes_of
 from mimo_ext.megatron.module_random import ModuleRandomState, tp_rank_in
 from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout, RankRole
-from mimo_ext.megatron.sharded import OwnPart, SequenceShards, ShardedDelivery
+from mimo_ext.megatron.sharded import OwnPart, SequenceShards, ShardedDelivery, leave_mark
 
 
 class MimoModel(_CoreMimoModel):
@@ -33,8 +31,8 @@ class MimoModel(_CoreMimoModel):
         cp_group, tp_group: groups of the language model, on its ranks.
         sharded_delivery: whether each rank of a language model with sequence or context parallelism receives the rows
             of its own part of the sequence only (see `mimo_ext.megatron.sharded`). None: where that is possible. It
-            takes a communicator that is bound to the model, and ``input_ids`` on the encoders' ranks. True: raise
-            where it is not possible. Equal on all ranks.
+            takes a communicator that knows the model, by its `model` or its `config`, and ``input_ids`` on the
+            encoders' ranks. True: raise where it is not possible. Equal on all ranks.
 
     Attributes:
         role: `RankRole` of this rank, from ``mimo_config.module_to_grid_map``.
@@ -111,6 +109,7 @@ class MimoModel(_CoreMimoModel):
         if sharded_delivery is not False and obstacle is None:
             config = mimo_config.language_model_spec.params["config"]
             self.sharded = ShardedDelivery.of(grids, config, modality_names)
+            leave_mark(config, self.sharded)
 
     @property
     def role(self) -> RankRole:
@@ -174,8 +173,6 @@ class MimoModel(_CoreMimoModel):
         config, grids = self.mimo_config.language_model_spec.params["config"], self.mimo_config.module_to_grid_map
         if SequenceShards.of(grids[MIMO_LANGUAGE_MODULE_KEY], config).num_shards == 1:
             return "expected a language model with sequence parallelism or context parallelism"
-        if "row_shards" not in inspect.signature(Bridge.irecv_forward).parameters:
-            return "expected a bridge that takes row_shards"
         without_token = [name for name in modality_names if name not in self.special_token_ids]
         if without_token:
             return f"expected special_token_ids of {list(modality_names)}, got none of {without_token}"
@@ -330,7 +327,7 @@ class MimoModel(_CoreMimoModel):
         Raises:
             ValueError: the sequence does not divide into the parts of the ranks.
         """
-        if self._part is not None:
+        if getattr(self, "_part", None) is not None:  # programs may call it on a stand-in for the model
             # The embeddings are those of this rank's positions already.
             _, *others = super()._shard_language_inputs(None, labels, loss_mask, packed_seq_params)
             return embeddings, *others

@@ -11,6 +11,7 @@ over tensor-parallel ranks, its gradient is summed in another order.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,10 @@ from mimo_ext.megatron.cpu_layers import zigzag_positions
 from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY
 from mimo_ext.megatron.stage_io import ArrivingRows
 
-__all__ = ["OwnPart", "SequenceShards", "ShardedDelivery"]
+__all__ = ["OwnPart", "SequenceShards", "ShardedDelivery", "delivery_of", "leave_mark"]
+
+
+_MARK = "_mimo_ext_sharded_delivery"
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,31 @@ class ShardedDelivery:
         for name in announced:
             self.arriving[name].popleft()
         return announced
+
+
+class _Mark:
+    """What a model leaves on its config: a communicator that is given the config finds the model's delivery by it.
+
+    Copies of a config, in memory or on disk, are another model's: theirs is empty.
+    """
+
+    def __init__(self, delivery: ShardedDelivery | None = None) -> None:
+        self.delivery = (lambda: None) if delivery is None else weakref.ref(delivery)
+
+    def __reduce__(self) -> Any:
+        return _Mark, ()
+
+
+def leave_mark(config: Any, delivery: ShardedDelivery) -> None:
+    """Let `delivery_of` find the delivery of the model that `config` belongs to, as long as that lives."""
+    with contextlib.suppress(AttributeError, TypeError):  # a config that takes no further attributes
+        setattr(config, _MARK, _Mark(delivery))
+
+
+def delivery_of(config: Any) -> ShardedDelivery | None:
+    """The delivery of the last model that was built with this very config; None where there is none."""
+    mark = getattr(config, _MARK, None)
+    return mark.delivery() if isinstance(mark, _Mark) else None
 
 
 class OwnPart:

@@ -75,8 +75,7 @@ class ArrivingRows:
 
     def post(self, row_shards: RowShards) -> None:
         """Receive this rank's rows of samples that are dealt so."""
-        options: dict[str, Any] = {"row_shards": row_shards}
-        self._handle = self._bridge.irecv_forward(**options)
+        self._handle = self._bridge.irecv_forward(row_shards=row_shards)
 
     def wait(self) -> torch.Tensor:
         """`tensor` with its rows, ``[rows, h]``."""

@@ -6,6 +6,9 @@ test_sharded_ranks.py.
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +19,7 @@ from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from tiny_mimo import Grid
 
-from mimo_ext import Bridge, RowShards
+from mimo_ext import RowShards
 from mimo_ext.megatron import sharded
 from mimo_ext.megatron.model import MimoModel
 from mimo_ext.megatron.sharded import OwnPart, SequenceShards, ShardedDelivery
@@ -271,16 +274,6 @@ def test_rows_and_positions_that_do_not_fit_are_refused():
 # --- the model
 
 
-@pytest.fixture(autouse=True)
-def _bridge(monkeypatch):
-    """A bridge that takes row shards."""
-
-    def irecv_forward(self: Any, row_shards: Any = None) -> Any:
-        raise AssertionError
-
-    monkeypatch.setattr(Bridge, "irecv_forward", irecv_forward)
-
-
 def model(grids: dict[str, Grid], tokens: dict[str, int] = TOKENS, cls: type = MimoModel, **options: Any) -> MimoModel:
     encoder = ModuleSpec(module=torch.nn.Identity)
     submodule = ModuleSpec(module=VisionModalitySubmodules, params={}, submodules={"encoders": {"encoder": encoder}})
@@ -338,6 +331,22 @@ def test_models_deliver_in_shards_where_they_can(as_rank, grids, options, obstac
     assert made.sharded.lanes == {"images": (1, 2)}
     assert made.sharded.shards.num_shards == 2
     assert model(grids, **options, sharded_delivery=True).sharded is not None
+
+
+def test_a_config_leads_to_the_model_that_was_built_with_it(as_rank):
+    as_rank(1)
+    made = model(TO_CP)
+    config = made.config
+    assert sharded.delivery_of(config) is made.sharded
+    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert copied.hidden_size == HIDDEN
+        assert sharded.delivery_of(copied) is None
+    other = model(TO_CP, sharded_delivery=False)
+    assert sharded.delivery_of(other.config) is None
+    del made, other
+    gc.collect()
+    assert sharded.delivery_of(config) is None
+    assert sharded.delivery_of(object()) is None
 
 
 @pytest.mark.parametrize("given", [None, False, True])
