@@ -7,11 +7,10 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import statistics
-import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +19,8 @@ import torch.distributed as dist
 from busy import Usage, machine_usage, other_share, process_usage
 from plan_records import record
 from released import on_gloo, require_released
+
+Made = tuple[Callable[[], None], Sequence[Any]]
 
 RANKS = 8
 DEADLINE_S = 180.0
@@ -45,20 +46,21 @@ def _config() -> Any:
     return ModelParallelConfig(pipeline_dtype=torch.float32)
 
 
-# Each of these makes one and returns how to take it down again.
+# Each of these makes one and returns how to take it down again, and the bridges that it is made of.
 
 
-def released_bridge(source: Any, destination: Any) -> Callable[[], None]:
+def released_bridge(source: Any, destination: Any) -> Made:
     from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
 
     BridgeCommunicator(source, destination, comm_dtype=torch.float32)
-    return _take_down_released
+    return _take_down_released, []
 
 
-def our_bridge(source: Any, destination: Any) -> Callable[[], None]:
+def our_bridge(source: Any, destination: Any) -> Made:
     from mimo_ext.megatron.communicator import BridgeCommunicator
 
-    return BridgeCommunicator(source, destination, comm_dtype=torch.float32).close
+    made = BridgeCommunicator(source, destination, comm_dtype=torch.float32)
+    return made.close, [made.bridge]
 
 
 def _of_modules(source: Any, destination: Any) -> tuple[Any, ...]:
@@ -66,17 +68,18 @@ def _of_modules(source: Any, destination: Any) -> tuple[Any, ...]:
     return {"images": source, "language": destination}, {"images": ["language"], "language": []}, _config(), axes
 
 
-def released_communicator(source: Any, destination: Any) -> Callable[[], None]:
+def released_communicator(source: Any, destination: Any) -> Made:
     from megatron.core.pipeline_parallel.multimodule_communicator import MultiModulePipelineCommunicator
 
     MultiModulePipelineCommunicator(*_of_modules(source, destination))
-    return _take_down_released
+    return _take_down_released, []
 
 
-def our_communicator(source: Any, destination: Any) -> Callable[[], None]:
+def our_communicator(source: Any, destination: Any) -> Made:
     from mimo_ext.megatron.communicator import MultiModulePipelineCommunicator
 
-    return MultiModulePipelineCommunicator(*_of_modules(source, destination)).close
+    made = MultiModulePipelineCommunicator(*_of_modules(source, destination))
+    return made.close, [edge.bridge for edge in made.bridge_comms]
 
 
 def _take_down_released() -> None:
@@ -100,12 +103,14 @@ def threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def groups() -> set[str]:
-    """Names of the process groups that this rank is a member of."""
-    return set(dist.distributed_c10d._world.pg_names.values())
+def groups(bridges: Sequence[Any] = ()) -> set[str]:
+    """The process groups that this rank is a member of: the world's by their names, our bridges' by their ranks."""
+    held = [bridge._groups for bridge in bridges if bridge._groups is not None]
+    ours = {f"{direction} {groups.ranks}" for groups in held for direction in ("forward", "backward")}
+    return ours | set(dist.distributed_c10d._world.pg_names.values())
 
 
-def measure(make: Callable[..., Callable[[], None]], case: tuple[dict[str, int], dict[str, int]]) -> dict[str, Any]:
+def measure(make: Callable[..., Made], case: tuple[dict[str, int], dict[str, int]]) -> dict[str, Any]:
     """Make it once; what it took on this rank."""
     pair = grids(*case)
     for grid in pair:
@@ -113,11 +118,11 @@ def measure(make: Callable[..., Callable[[], None]], case: tuple[dict[str, int],
     dist.barrier()
     groups_before, threads_before = groups(), threads()
     begin = time.perf_counter()
-    take_down = make(*pair)
+    take_down, bridges = make(*pair)
     seconds = time.perf_counter() - begin
     result = {
         "seconds": seconds,
-        "groups": sorted(groups() - groups_before),
+        "groups": sorted(groups(bridges) - groups_before),
         "threads": threads() - threads_before,
     }
     dist.barrier()
@@ -153,13 +158,13 @@ def on_rank(repeats: int) -> tuple[list[dict[str, Any]], Usage, Usage]:
     return results, machine_usage() - machine, process_usage() - mine
 
 
-def _rank_main(rank: int, folder: str, repeats: int, pipe: multiprocessing.connection.Connection) -> None:
+def _rank_main(rank: int, port: int, repeats: int, pipe: multiprocessing.connection.Connection) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
             "gloo",
-            init_method=f"file://{folder}/rendezvous",
+            store=dist.TCPStore("localhost", port, RANKS, is_master=False),
             rank=rank,
             world_size=RANKS,
             timeout=timedelta(seconds=DEADLINE_S),
@@ -184,36 +189,37 @@ def run_ranks(repeats: int) -> list[tuple[list[dict[str, Any]], Usage, Usage]]:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    with tempfile.TemporaryDirectory(prefix="bench_plan_") as folder:
-        ranks = []
-        try:
-            for rank in range(RANKS):
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_rank_main, args=(rank, folder, repeats, theirs))
-                process.start()
-                theirs.close()
-                ranks.append((process, ours))
-            deadline = time.monotonic() + DEADLINE_S
-            results: list[Any] = [None] * len(ranks)
-            waiting = {pipe: rank for rank, (_, pipe) in enumerate(ranks)}
-            while waiting:
-                answered = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
-                if not answered:
-                    raise RuntimeError(f"ranks {sorted(waiting.values())} did not answer within {DEADLINE_S:.0f} s")
-                for pipe in answered:
-                    rank = waiting.pop(pipe)
-                    good, value = _answer(pipe)
-                    if not good:
-                        raise RuntimeError(f"rank {rank} failed:\n{value}")
-                    results[rank] = value
-            for process, _ in ranks:
-                process.join(10.0)
-            return results
-        finally:
-            for process, _ in ranks:
-                if process.is_alive():
-                    process.kill()
-                process.join()
+    ranks: list[Any] = []
+    # As torchrun's: the ranks meet at a store in a process of its own.
+    store = dist.TCPStore("localhost", 0, RANKS, is_master=True, wait_for_workers=False)
+    try:
+        for rank in range(RANKS):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_rank_main, args=(rank, store.port, repeats, theirs))
+            process.start()
+            theirs.close()
+            ranks.append((process, ours))
+        deadline = time.monotonic() + DEADLINE_S
+        results: list[Any] = [None] * len(ranks)
+        waiting = {pipe: rank for rank, (_, pipe) in enumerate(ranks)}
+        while waiting:
+            answered = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not answered:
+                raise RuntimeError(f"ranks {sorted(waiting.values())} did not answer within {DEADLINE_S:.0f} s")
+            for pipe in answered:
+                rank = waiting.pop(pipe)
+                good, value = _answer(pipe)
+                if not good:
+                    raise RuntimeError(f"rank {rank} failed:\n{value}")
+                results[rank] = value
+        for process, _ in ranks:
+            process.join(10.0)
+        return results
+    finally:
+        for process, _ in ranks:
+            if process.is_alive():
+                process.kill()
+            process.join()
 
 
 def _answer(pipe: Any) -> tuple[bool, Any]:
@@ -230,8 +236,9 @@ def setup(repeats: int) -> Iterator[dict[str, Any]]:
         ReleasedUnavailable: there is no Megatron-Core.
     """
     require_released()
+    begin = process_usage()
     by_rank, machine, usages = zip(*run_ranks(repeats), strict=True)
-    busy = other_share(machine[0], usages)
+    busy = other_share(machine[0], [*usages, process_usage() - begin])
     runs = [_together(items) for items in zip(*by_rank, strict=True)]
     for case in CASES:
         for name in PAIRS:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -45,35 +47,44 @@ class Groups:
     devices: tuple[_Devices, ...]
 
 
-class SharedGroups:
+def connect(meeting: Meeting, bridges: Sequence[tuple[Sequence[int], str]]) -> list[Groups | None]:
     """The groups of bridges that are set up together: one pair for the same ranks, each bridge with tags of its own.
 
     Opposite directions have groups of their own: a connection delivers in order, and gloo's notices of posted receives
-    would stand behind our own payload. Every rank of the meeting asks in the same order of bridges.
+    would stand behind our own payload. All connections are made at the same time, whatever their number.
+
+    Args:
+        meeting: every rank of it calls this, with the same bridges in the same order.
+        bridges: for each the ranks that this rank is connected with, itself among them (or none), and what it is, for
+            messages.
+
+    Raises:
+        RuntimeError: ranks that do not come in time, by name, or that cannot be reached.
     """
-
-    def __init__(self, meeting: Meeting) -> None:
-        self._meeting = meeting
-        self._made: dict[tuple[int, ...], Groups] = {}
-
-    def take(self, ranks: Sequence[int], what: str) -> Groups:
-        """For a bridge between these ranks, this one among them; waits for the others to ask, too.
-
-        Raises:
-            RuntimeError: ranks that did not ask in time, by name, or that cannot be reached.
-        """
+    wanted: dict[tuple[int, ...], str] = {}
+    for ranks, what in bridges:
+        wanted.setdefault(tuple(ranks), what)
+    wanted.pop((), None)
+    devices: tuple[_Devices, ...] = ()
+    if meeting.store is None:
+        pairs = {key: [dist.new_group(list(key), backend="fake") for _ in range(2)] for key in wanted}
+    elif wanted:
+        devices = tuple(_devices_for(direction) for direction in ("forward", "backward"))
+        with ThreadPoolExecutor(2 * len(wanted), thread_name_prefix="mimo_ext") as pool:
+            # A connection is waiting for others, by far the most of its time.
+            made = [
+                (key, pool.submit(_new_group, meeting, key, device, what))
+                for key, what in wanted.items()
+                for device in devices
+            ]
+        pairs = {key: [group.result() for other, group in made if other == key] for key in wanted}
+    bridges_between: Counter[tuple[int, ...]] = Counter()
+    found: list[Groups | None] = []
+    for ranks, _ in bridges:
         key = tuple(ranks)
-        before = self._made.get(key)
-        if before is not None:
-            self._made[key] = replace(before, first_tag=before.first_tag + TAGS)
-        elif self._meeting.store is None:
-            forward, backward = (dist.new_group(list(ranks), backend="fake") for _ in range(2))
-            self._made[key] = Groups(key, forward, backward, 0, ())
-        else:
-            devices = tuple(_devices_for(direction) for direction in ("forward", "backward"))
-            forward, backward = (_new_group(self._meeting, key, device, what) for device in devices)
-            self._made[key] = Groups(key, forward, backward, 0, devices)
-        return self._made[key]
+        found.append(Groups(key, pairs[key][0], pairs[key][1], TAGS * bridges_between[key], devices) if key else None)
+        bridges_between[key] += 1
+    return found
 
 
 def connected_ranks(source: _C.Boundary, destination: _C.Boundary, rank: int) -> list[int]:

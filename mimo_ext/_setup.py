@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from ._agreement import Meeting
-from ._groups import SharedGroups, connected_ranks
+from ._groups import connect, connected_ranks
 
 if TYPE_CHECKING:
     from .bridge import Bridge
@@ -85,11 +85,13 @@ class Setup:
     def connect(self) -> None:
         """After the agreement: make the process groups, and open the bridges."""
         bridges, self._bridges = self._bridges, []
-        groups = SharedGroups(self._meeting)
         try:
-            for bridge, text in bridges:
-                ranks = connected_ranks(bridge._source, bridge._destination, bridge.rank)
-                bridge._connect(groups.take(ranks, f"bridge '{bridge.name}'") if ranks else None, text)
+            connected = [
+                (connected_ranks(bridge._source, bridge._destination, bridge.rank), f"bridge '{bridge.name}'")
+                for bridge, _ in bridges
+            ]
+            for (bridge, text), groups in zip(bridges, connect(self._meeting, connected), strict=True):
+                bridge._connect(groups, text)
         except BaseException:
             for bridge, _ in bridges:
                 bridge.close(abort=True)

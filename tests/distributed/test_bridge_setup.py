@@ -18,7 +18,7 @@ from launch import launch, run_ranks
 import mimo_ext
 from mimo_ext import Layout
 from mimo_ext._agreement import Meeting
-from mimo_ext._groups import SharedGroups
+from mimo_ext._groups import connect
 from mimo_ext._setup import Setup
 
 SHORT = timedelta(seconds=3)
@@ -124,11 +124,20 @@ def threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
+def settled(number: int) -> bool:
+    """Whether there are so many threads: one that has ended stays for a moment."""
+    deadline = time.monotonic() + 10
+    while threads() != number and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return threads() == number
+
+
 def counted(rank: int, world_size: int) -> None:
     before = threads()
     meetings = [Meeting("a test") for _ in range(3)]
-    held = [SharedGroups(meeting).take(range(4), "a test") for meeting in meetings]
-    assert threads() == before + 2  # a device per direction
+    held = [groups for meeting in meetings for groups in connect(meeting, [(range(4), "a test")]) if groups]
+    assert len(held) == 3
+    assert settled(before + 2)  # a device per direction
     for groups in held:
         mine, peers = torch.tensor([rank]), torch.zeros(4, dtype=torch.int64)
         works = [groups.backward.recv([peers[r : r + 1]], r, groups.first_tag) for r in range(4) if r != rank]
@@ -140,10 +149,7 @@ def counted(rank: int, world_size: int) -> None:
     dist.barrier()
     del groups, held, works, work
     gc.collect()
-    deadline = time.monotonic() + 10
-    while threads() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threads() == before
+    assert settled(before)
 
 
 def test_connections_take_one_thread_per_direction_and_give_it_back() -> None:
