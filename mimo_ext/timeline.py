@@ -34,11 +34,9 @@ __all__ = ["COMPUTE", "RankTimeline", "Recorder", "Span", "draw", "gather", "spl
 COMPUTE = ("forward", "backward", "other")
 """Kinds of spans in which a rank computes."""
 
-_OPPOSITE = {
-    "recv_forward": "send_forward",
-    "recv_backward": "send_backward",
-}
+_SEND_OF = {"recv_forward": "send_forward", "recv_backward": "send_backward"}
 _NUM_SPANS = 65536
+_SETTLE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -102,6 +100,7 @@ class Recorder:
         self._label = label
         self._bridges = bridges
         self._spans: list[Span] = []
+        self._sends = [_sends(bridge) for bridge in bridges]
         for bridge in bridges:
             bridge.start_trace(capacity=_NUM_SPANS)
         self._begin_ns = time.monotonic_ns()
@@ -122,14 +121,32 @@ class Recorder:
         self._spans.append(span)
 
     def finish(self) -> RankTimeline:
-        """The recording; ends those of the bridges. Transfers that are still under way are not in it."""
+        """The recording; ends those of the bridges.
+
+        Sends that are still under way are waited for, for a second at most; the recording ends before that.
+        """
         end = time.monotonic_ns()
         spans = list(self._spans)
-        for bridge in self._bridges:
-            spans += spans_of(bridge.name, bridge.trace_events())
+        for bridge, before in zip(self._bridges, self._sends, strict=True):
+            spans += spans_of(bridge.name, _settled_events(bridge, _sends(bridge) - before))
             bridge.start_trace(capacity=0)
         rank = dist.get_rank() if dist.is_initialized() else 0
         return RankTimeline(rank, self._label, self._begin_ns, end, spans)
+
+
+def _sends(bridge: Any) -> int:
+    return sum(int(counts["sends"]) for counts in bridge.telemetry().values())
+
+
+def _settled_events(bridge: Any, sends: int) -> list[Mapping[str, Any]]:
+    """The events of a bridge, when all of its `sends` have ended. A peer is told of a tensor before its sender is."""
+    deadline = time.monotonic() + _SETTLE_S
+    while True:
+        events: list[Mapping[str, Any]] = bridge.trace_events()
+        ended = sum(event["operation"].startswith("send") for event in events)
+        if ended >= min(sends, _NUM_SPANS // 2) or time.monotonic() > deadline:
+            return events
+        time.sleep(0.002)
 
 
 def spans_of(link: str, events: Iterable[Mapping[str, Any]]) -> list[Span]:
@@ -139,7 +156,9 @@ def spans_of(link: str, events: Iterable[Mapping[str, Any]]) -> list[Span]:
     for event in sorted(events, key=lambda event: int(event["microbatch"])):
         operation = event["operation"]
         number = event["microbatch"] - first.setdefault(operation, event["microbatch"])
-        about = Span("transfer", event["posted_ns"], event["done_ns"], number, link, operation, event["bytes"])
+        # A send counts from when it was handed in, a receive from when there was something to receive.
+        begin = event["started_ns"] if operation.startswith("recv") else event["posted_ns"]
+        about = Span("transfer", begin, event["done_ns"], number, link, operation, event["bytes"])
         spans.append(about)
         if event["wait_begin_ns"]:
             spans.append(replace(about, kind="wait", begin_ns=event["wait_begin_ns"], end_ns=event["wait_end_ns"]))
@@ -169,30 +188,38 @@ def _shifted(timeline: RankTimeline, by_ns: int) -> RankTimeline:
 
 
 def split_waits(ranks: Sequence[RankTimeline]) -> list[RankTimeline]:
-    """The same with every "wait" divided into "idle" and "exposed".
+    """The same with every "wait" divided into "idle" and "exposed", and transfers as long as both sides take part.
 
     A rank that waits for a tensor is idle until its senders have handed it in: they are still computing, and no faster
-    link would help. From then on the transfer is exposed. All waiting within a send is exposed. Transfers begin when
-    both sides are there: the receiver's at the earliest when its first sender has handed in.
+    link would help. From then on the transfer is exposed. All waiting within a send is exposed. A receive begins at the
+    earliest when its first sender has handed in; a send, whose end its rank may notice late, ends when the last
+    receiver has the tensor.
     """
     handed_in: dict[Any, list[int]] = defaultdict(list)
+    arrived: dict[Any, list[int]] = defaultdict(list)
     for timeline in ranks:
         for span in timeline.spans:
-            if span.kind == "transfer" and span.operation in _OPPOSITE.values():
+            if span.kind == "transfer" and span.operation in _SEND_OF:
+                arrived[span.link, _SEND_OF[span.operation], span.microbatch].append(span.end_ns)
+            elif span.kind == "transfer":
                 handed_in[span.link, span.operation, span.microbatch].append(span.begin_ns)
     return [
-        replace(timeline, spans=[part for span in timeline.spans for part in _split(span, handed_in)])
+        replace(timeline, spans=[part for span in timeline.spans for part in _split(span, handed_in, arrived)])
         for timeline in ranks
     ]
 
 
-def _split(span: Span, handed_in: dict[Any, list[int]]) -> list[Span]:
+def _split(span: Span, handed_in: dict[Any, list[int]], arrived: dict[Any, list[int]]) -> list[Span]:
     if span.kind not in ("wait", "transfer"):
         return [span]
-    senders = handed_in.get((span.link, _OPPOSITE.get(span.operation), span.microbatch), [])
-    if span.kind == "transfer":
+    senders = handed_in.get((span.link, _SEND_OF.get(span.operation), span.microbatch), [])
+    if span.kind == "transfer" and span.operation in _SEND_OF:
         begin = min(max(span.begin_ns, min(senders, default=span.begin_ns)), span.end_ns)
         return [replace(span, begin_ns=begin)]
+    if span.kind == "transfer":
+        receivers = arrived.get((span.link, span.operation, span.microbatch), [])
+        end = max(min(span.end_ns, max(receivers, default=span.end_ns)), span.begin_ns)
+        return [replace(span, end_ns=end)]
     ready = min(max(span.begin_ns, max(senders, default=span.begin_ns)), span.end_ns)
     parts = [replace(span, kind="idle", end_ns=ready), replace(span, kind="exposed", begin_ns=ready)]
     return [part for part in parts if part.end_ns > part.begin_ns]

@@ -11,8 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -23,14 +22,13 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel.multimodule_communicator import (
     MultiModulePipelineCommunicator as _MegatronCommunicator,
 )
-from torch.profiler import record_function
 
 from mimo_ext import Bridge, Layout
 from mimo_ext._setup import Setup
 from mimo_ext.megatron.adapters import _prepare_tensor_for_comm, _restore_tensor_from_comm
 from mimo_ext.megatron.bridge_communicator import BridgeCommunicator, default_device
 from mimo_ext.megatron.hop import Shape, StageCommunicator
-from mimo_ext.megatron.overlap import Receives, check_count, overlapping
+from mimo_ext.megatron.pipeline_hooks import PipelineHooks
 from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY
 from mimo_ext.megatron.sharded import delivery_of
 from mimo_ext.megatron.stage_io import Input, Output, StageIO
@@ -80,7 +78,7 @@ class RankModuleInfo:
     is_terminal_stage: bool | None = True
 
 
-class MultiModulePipelineCommunicator(_MegatronCommunicator):
+class MultiModulePipelineCommunicator(PipelineHooks, _MegatronCommunicator):
     """Communicator for a multi-module pipeline.
 
     The constructor is collective over the default process group. Every rank calls it with equal arguments, whether or
@@ -138,10 +136,8 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
         self._hops: dict[tuple[str, int], Bridge] = {}  # (module, stage) -> bridge from that stage to the next
         self._row_counts: Mapping[str, deque[list[int]]] | None = None
         self._bridges: list[BridgeCommunicator | Bridge] = []  # all, in the order of their construction
-        self._links: tuple[list[Receives], list[Receives]] = [], []  # of activations, of gradients
         self._sharded_delivery = sharded_delivery
         self._sharding: Any = None  # of the bound model, where its rows go in shards
-        self._lead = 1  # microbatches that a stage has computed more than the next one under 1F1B
         self._closed = False
 
         # The bridges are described first, then the ranks meet once for all of them, and then they are connected.
@@ -498,55 +494,6 @@ class MultiModulePipelineCommunicator(_MegatronCommunicator):
         """
         with self._operation("send_backward"):
             self._io.send_backward(grad_dict)
-
-    # -- transfers while the ranks compute -------------------------------------------------------------------------
-
-    @contextmanager
-    def overlap(
-        self, num_microbatches: int, *, forward_only: bool = False, ahead: int = 1, extra_warmup: int = 0
-    ) -> Iterator[None]:
-        """Post receives before the schedule asks for them: `with communicator.overlap(num_microbatches): schedule()`.
-
-        Inside of the block the next microbatch's activation is under way while this one is computed, and the gradient
-        of a microbatch as soon as its activation has been sent. Values are the same, and so is the order in which each
-        link's tensors travel. All receives that were posted have been asked for when the schedule ends: nothing is
-        left for the next one. `mimo_ext.megatron.overlap.overlapped` reads the arguments off the schedule's call.
-
-        Each link holds up to `ahead` received tensors more than without. The timeout of a receive begins when it is
-        posted, so it must be longer than what a peer computes between two microbatches. Use this communicator's
-        operations in the block, not those of its `bridge_comms` and `p2p_communicator`.
-
-        1F1B itself leaves no time for a transfer: a stage has computed just one microbatch more than the next one when
-        it needs that one's gradient. `extra_warmup` lets it compute so many more, as `total_stages` and
-        `current_stage`, of which the schedule takes the length of its warm-up, are counted accordingly in the block.
-        Every stage then keeps up to `extra_warmup` times the number of stages behind it more microbatches.
-
-        Args:
-            num_microbatches: of the one schedule that runs in the block.
-            forward_only: no gradients are received.
-            ahead: receives per link that are posted at most before they are asked for.
-            extra_warmup: microbatches that a stage is further ahead of the next one.
-
-        Raises:
-            ValueError: numbers that are too small or no integers.
-            RuntimeError: within another `overlap`; at the end of the block: fewer microbatches were received.
-        """
-        self._require_open("overlap")
-        check_count("extra_warmup", extra_warmup, 0)
-        with overlapping(*self._links, num_microbatches, forward_only, ahead):
-            before, self._lead = self._lead, 1 + extra_warmup
-            try:
-                yield
-            finally:
-                self._lead = before
-
-    def _operation(self, name: str) -> record_function:
-        self._require_open(name)
-        return record_function(f"mimo_ext::pipeline.{name}")
-
-    def _require_open(self, operation: str) -> None:
-        if self._closed:
-            raise RuntimeError(f"rank {self.current_rank}: {operation} on a closed MultiModulePipelineCommunicator")
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

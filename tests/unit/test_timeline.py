@@ -52,7 +52,24 @@ def test_a_wait_is_idle_until_the_last_sender_has_handed_in_and_exposed_from_the
         span("transfer", 10, 25, 0, "recv_forward"),
         span("transfer", 30, 36, 1, "recv_forward"),
     ]
-    assert ranks[0].spans[0] == span("transfer", 10, 20, 0, "send_forward")  # a sender's own is what it is
+    assert ranks[0].spans == [
+        span("transfer", 10, 20, 0, "send_forward"),
+        span("transfer", 30, 33, 1, "send_forward"),
+    ]
+
+
+def test_a_send_ends_when_the_last_receiver_has_the_tensor() -> None:
+    sender, *_ = split_waits(
+        [
+            rank(0, span("transfer", 10, 90, 0, "send_forward"), span("transfer", 20, 90, 1, "send_forward")),
+            rank(1, span("transfer", 12, 25, 0, "recv_forward"), span("transfer", 12, 95, 1, "recv_forward")),
+            rank(2, span("transfer", 12, 30, 0, "recv_forward"), span("transfer", 5, 8, 0, "recv_backward")),
+        ]
+    )
+    assert sender.spans == [
+        span("transfer", 10, 30, 0, "send_forward"),
+        span("transfer", 20, 90, 1, "send_forward"),
+    ]
 
 
 def test_gradients_and_links_are_not_mixed_up() -> None:
@@ -116,16 +133,22 @@ class Bridge:
     def __init__(self) -> None:
         self.capacities: list[int] = []
         self.events: list[dict[str, Any]] = []
+        self.sends = 5
+
+    def telemetry(self) -> dict[str, dict[str, int]]:
+        return {"forward": {"sends": self.sends}, "backward": {"sends": 1}}
 
     def start_trace(self, capacity: int) -> None:
         self.capacities.append(capacity)
 
     def trace_events(self) -> list[dict[str, Any]]:
-        return self.events
+        """Each time one more has ended."""
+        self.asked = getattr(self, "asked", 0) + 1
+        return self.events[: self.asked]
 
     def add(self, operation: str, microbatch: int, *times: int) -> None:
-        keys = ("posted_ns", "done_ns", "wait_begin_ns", "wait_end_ns")
-        times = tuple(ms * MS for ms in times) + (0,) * (4 - len(times))
+        keys = ("posted_ns", "started_ns", "done_ns", "wait_begin_ns", "wait_end_ns")
+        times = tuple(ms * MS for ms in times) + (0,) * (5 - len(times))
         about = {"operation": operation, "microbatch": microbatch, "bytes": 8}
         self.events.append({**about, **dict(zip(keys, times, strict=True))})
 
@@ -138,9 +161,11 @@ def test_a_recorder_takes_the_events_of_its_bridges_and_numbers_microbatches_ane
     with recorder.compute("forward", microbatch=0):
         time.sleep(0.002)
     after = time.monotonic_ns()
-    bridge.add("send_forward", 7, 3, 4)
-    bridge.add("send_forward", 6, 1, 2)
-    bridge.add("recv_backward", 6, 5, 8, 6, 9)
+    bridge.add("send_forward", 7, 3, 3, 4)
+    bridge.add("send_forward", 6, 1, 1, 2)
+    bridge.add("recv_backward", 6, 4, 5, 8, 6, 9)
+    bridge.events.insert(0, bridge.events.pop())  # in the order in which they ended
+    bridge.sends += 2
     found = recorder.finish()
     assert bridge.capacities[1:] == [0]
     assert (found.rank, found.label) == (0, "images")
@@ -150,9 +175,9 @@ def test_a_recorder_takes_the_events_of_its_bridges_and_numbers_microbatches_ane
     assert found.begin_ns <= compute.begin_ns
     assert compute.end_ns <= found.end_ns
     assert [(s.kind, s.operation, s.microbatch, s.begin_ns // MS, s.end_ns // MS) for s in others] == [
-        ("transfer", "send_forward", 0, 1, 2),
         ("transfer", "recv_backward", 0, 5, 8),
         ("wait", "recv_backward", 0, 6, 9),
+        ("transfer", "send_forward", 0, 1, 2),
         ("transfer", "send_forward", 1, 3, 4),
     ]
     assert {(s.link, s.num_bytes) for s in others} == {(LINK, 8)}
