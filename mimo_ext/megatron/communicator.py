@@ -141,7 +141,7 @@ class MultiModulePipelineCommunicator(PipelineHooks, _MegatronCommunicator):
         self._closed = False
 
         # The bridges are described first, then the ranks meet once for all of them, and then they are connected.
-        setup = Setup("MultiModulePipelineCommunicator")
+        self._setup = setup = Setup("MultiModulePipelineCommunicator")
         refusal: Exception | None = None
         try:
             self._check_arguments()
@@ -149,11 +149,11 @@ class MultiModulePipelineCommunicator(PipelineHooks, _MegatronCommunicator):
                 self.bind(model)
             else:
                 self._choose_delivery(delivery_of(config))
-            self._build_bridge_comms(setup)
-            self._build_hops(setup)
+            self._build_bridge_comms()
+            self._build_hops()
         except Exception as error:
             refusal = error
-        agree(setup.compare, None if refusal is not None else self._describe(setup), refusal)
+        agree(setup.compare, None if refusal is not None else self._describe(), refusal)
         if dim_mapping is None and self.current_rank == 0:
             warn_of_assumed_axes(logger, self.topology, self.module_to_grid_map, self._output_ndim)
         try:
@@ -177,7 +177,7 @@ class MultiModulePipelineCommunicator(PipelineHooks, _MegatronCommunicator):
             raise TypeError(f"config.pipeline_dtype: expected a torch.dtype, got {dtype!r}")
         self._dtype = dtype
 
-    def _describe(self, setup: Setup) -> dict[str, Any]:
+    def _describe(self) -> dict[str, Any]:
         return {
             "grids": {
                 name: {"rank_offset": grid.rank_offset, "shape": grid.shape, "dim_names": grid.dim_names}
@@ -189,18 +189,18 @@ class MultiModulePipelineCommunicator(PipelineHooks, _MegatronCommunicator):
             "pipeline_dtype": self._dtype,
             "device": self.device.type,
             "sharded_delivery": [] if self._sharding is None else sorted(self._sharding.modules),
-            "bridges": {str(index): text for index, text in enumerate(setup.description)},
+            "bridges": {str(index): text for index, text in enumerate(self._setup.description)},
         }
 
     def _output_ndim(self, module_name: str) -> int:
         return int(self.module_output_ndim.get(module_name, 3))
 
-    def _bridge_options(self, setup: Setup) -> dict[str, Any]:
+    def _bridge_options(self) -> dict[str, Any]:
         # 1F1B has at most one microbatch per stage under way; this bounds the forward-only schedule, too.
-        options: dict[str, Any] = {"device": self.device, "max_in_flight": self.total_stages + 1, "setup": setup}
+        options: dict[str, Any] = {"device": self.device, "max_in_flight": self.total_stages + 1, "setup": self._setup}
         return options if self.timeout is None else {**options, "timeout": self.timeout}
 
-    def _build_bridge_comms(self, setup: Setup) -> None:
+    def _build_bridge_comms(self) -> None:
         """Describe one bridge per edge of the topology: on every rank, in one sorted order."""
         for source in sorted(self.topology):
             for destination in sorted(self.topology[source]):
@@ -212,12 +212,12 @@ class MultiModulePipelineCommunicator(PipelineHooks, _MegatronCommunicator):
                     source,
                     destination,
                     self._output_ndim(source),
-                    **self._bridge_options(setup),
+                    **self._bridge_options(),
                 )
                 self.bridge_comms.append(edge)
                 self._bridges.append(edge)
 
-    def _build_hops(self, setup: Setup) -> None:
+    def _build_hops(self) -> None:
         """Describe the bridges between consecutive stages of the modules: on every rank, in one sorted order."""
         for name in sorted(self._grids):
             grid = self._grids[name]
@@ -234,7 +234,7 @@ class MultiModulePipelineCommunicator(PipelineHooks, _MegatronCommunicator):
                     dtype=self._dtype,
                     unpaired_backward=True,  # as the edges
                     name=f"{name} stage {stage} -> stage {stage + 1}",
-                    **self._bridge_options(setup),
+                    **self._bridge_options(),
                 )
                 self._hops[name, stage] = hop
                 self._bridges.append(hop)
