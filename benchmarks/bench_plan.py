@@ -1,6 +1,6 @@
 """What planning costs, what large layouts put on their links, and what set-up takes.
 
-    python benchmarks/bench_plan.py [--quick] [--json FILE] [--tables docs/scale.md]
+    python benchmarks/bench_plan.py [--quick] [--json FILE] [--details FILE] [--tables docs/scale.md]
         [--measured RECORDS] [--only planning traffic set-up]
 
 * planning: seconds to plan one rank's messages of one microbatch, in worlds of 8 to 131,072 ranks. Measured, in this
@@ -10,8 +10,9 @@
 * set-up: process groups, threads and seconds of Megatron-Core's released classes and of ours, on eight gloo ranks of
   this machine, interleaved.
 
-Records have the keys of all benchmarks (null where they do not apply) and some of their own: `seconds_*`, `messages`,
-`ranks`, and the figures of each direction. `--from FILE` makes the tables of records that were written before.
+--json writes what all benchmarks write: records of the same keys, null where they do not apply. --details writes them
+with figures of their own beside: `seconds_*`, `messages`, `ranks`, and those of each direction. The tables are made of
+these: `--from FILE` makes them of details that were written before.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from plan_check import check_table
 from plan_records import write_json
 from plan_setup import setup
 from plan_tables import TABLES, tables, write_tables
-from records import read_json
+from records import KEYS, read_json
 
 from mimo_ext.planning import Links
 
@@ -63,12 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer worlds and repeats")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the records; keeps those of parts not in --only"
+        "--details", type=Path, metavar="FILE", help="write the records in full; keeps those of parts not in --only"
     )
     parser.add_argument("--tables", type=Path, metavar="FILE", help="write the tables between their marks in a page")
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help="default: all")
-    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="records to read: nothing is measured")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="details to read: nothing is measured")
     parser.add_argument(
         "--measured", type=Path, metavar="FILE", help="bench_bridge.py's records: --tables compares the model with them"
     )
@@ -78,11 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             records = json.loads(options.source.read_text())
         else:
             records = measure(options.only, options.quick)
-            if options.json is not None and len(options.only) < len(TABLES) and options.json.exists():
-                kept = [item for item in json.loads(options.json.read_text()) if part_of(item) not in options.only]
+            if options.details is not None and len(options.only) < len(TABLES) and options.details.exists():
+                kept = [item for item in json.loads(options.details.read_text()) if part_of(item) not in options.only]
                 records = sorted([*kept, *records], key=lambda item: TABLES.index(part_of(item)))
         if options.json is not None:
-            write_json(records, options.json)
+            write_json([{key: item[key] for key in KEYS} for item in records], options.json)
+        if options.details is not None:
+            write_json(records, options.details)
         if options.tables is not None:
             made = tables(records)
             if options.measured is not None:

@@ -18,12 +18,12 @@ import plan_cases  # noqa: E402
 import plan_check  # noqa: E402
 import plan_tables  # noqa: E402
 from cases import Case, Side  # noqa: E402
-from records import KEYS, Record  # noqa: E402
+from records import KEYS, Record, read_json  # noqa: E402
 from records import write_json as write_records  # noqa: E402
 
 from mimo_ext.planning import Links  # noqa: E402
 
-COMMITTED = ROOT / "benchmarks" / "results" / "plan.json"
+COMMITTED = ROOT / "benchmarks" / "results" / "plan_details.json"
 MEASURED = ROOT / "benchmarks" / "results" / "bridge.json"  # bench_bridge.py's, where it is committed
 PAGE = ROOT / "docs" / "scale.md"
 
@@ -53,6 +53,11 @@ def test_committed_records_cover_what_the_page_promises() -> None:
         "set-up of BridgeCommunicator",
         "set-up of MultiModulePipelineCommunicator",
     }
+
+
+def test_the_records_that_all_benchmarks_write_are_those_of_the_details() -> None:
+    common = [Record(**{key: item[key] for key in KEYS}) for item in json.loads(COMMITTED.read_text())]
+    assert read_json(COMMITTED.with_name("plan.json")) == common
 
 
 def test_planning_of_a_small_world_is_measured() -> None:
@@ -92,8 +97,10 @@ def test_parts_that_are_not_measured_again_are_kept(tmp_path: Path, capsys: pyte
     copy = tmp_path / "plan.json"
     before = json.loads(COMMITTED.read_text())
     copy.write_text(json.dumps([item for item in before if item["name"] != "traffic"]))
-    assert bench_plan.main(["--only", "traffic", "--json", str(copy)]) == 0
+    common = tmp_path / "common.json"
+    assert bench_plan.main(["--only", "traffic", "--details", str(copy), "--json", str(common)]) == 0
     after = json.loads(copy.read_text())
+    assert json.loads(common.read_text()) == [{key: item[key] for key in KEYS} for item in after]
     assert [item["name"] for item in after] == [item["name"] for item in before]
     assert [item for item in after if item["name"] != "traffic"] == [i for i in before if i["name"] != "traffic"]
     assert "leader + broadcast" in capsys.readouterr().out
