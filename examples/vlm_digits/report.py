@@ -86,6 +86,8 @@ def final_table(result: dict[str, Any], held_out: int) -> str:
         ("time", f"{result['seconds']:.1f} s of training, {result['samples_per_second']:.0f} samples/s"),
         ("picture", result["picture"]),
     ]
+    if "timeline" in result:
+        lines.append(("timeline", result["timeline"]))
     return "\n".join(f"  {name:<9} {text}" for name, text in lines)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from mimo_ext import timeline
 from mimo_ext.megatron import cpu
 
 from .data import TEST, Numbers
@@ -24,22 +25,37 @@ LOSS_EVERY = 10
 TEST_NUMBERS = 512  # held-out numbers of the final accuracy
 WATCHED_NUMBERS = 128  # held-out numbers of the accuracy in the progress bar
 SHOWN_NUMBERS = 8
+RECORDED_STEP = 20  # for --timeline; the last one of a shorter run
 
 
-def train_rank(layout: VlmLayout, recipe: Recipe, picture: Path, timeout: float) -> None:
+def train_rank(
+    layout: VlmLayout,
+    recipe: Recipe,
+    picture: Path,
+    timeout: float,
+    timeline_picture: Path | None = None,
+    overlap: bool = True,
+) -> None:
     """Train on this rank of a torchrun job and, on rank 0, report. The last line of standard output is the result."""
     torch.set_num_threads(1)
     check_world(layout, int(os.environ["WORLD_SIZE"]))
     with cpu():
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-        _train(layout, recipe, picture, timedelta(seconds=timeout))
+        _train(layout, recipe, picture, timedelta(seconds=timeout), timeline_picture, overlap)
         dist.destroy_process_group()
 
 
-def _train(layout: VlmLayout, recipe: Recipe, picture: Path, timeout: timedelta) -> None:
+def _train(
+    layout: VlmLayout,
+    recipe: Recipe,
+    picture: Path,
+    timeout: timedelta,
+    timeline_picture: Path | None,
+    overlap: bool,
+) -> None:
     reports = dist.get_rank() == 0
     numbers = Numbers(recipe.seed)
-    trainer = Trainer(layout, numbers, recipe, timeout=timeout)
+    trainer = Trainer(layout, numbers, recipe, timeout=timeout, overlap=overlap)
     watched = numbers.batch(TEST, 0, _at_least(WATCHED_NUMBERS, recipe.batch))
     watch_every = max(1, recipe.steps // 16)
     history = History()
@@ -47,10 +63,17 @@ def _train(layout: VlmLayout, recipe: Recipe, picture: Path, timeout: timedelta)
     dist.barrier()
     started = time.monotonic()
     waiting = []
+    ranks: list[timeline.RankTimeline] | None = None  # of one step
     with Progress(recipe.steps, recipe.batch, enabled=reports) as progress:
         for step in range(recipe.steps):
+            recorded = timeline_picture is not None and step == min(RECORDED_STEP, recipe.steps - 1)
+            if recorded:
+                dist.barrier()
+                trainer.communicator.start_trace()
             waiting.append(trainer.gradients(step))
             trainer.update()
+            if recorded:
+                ranks = timeline.gather(trainer.communicator.finish_trace())
             done = step + 1
             if done % LOSS_EVERY == 0 or done == recipe.steps:
                 history.losses.append((done, trainer.mean_loss(waiting)))
@@ -64,6 +87,12 @@ def _train(layout: VlmLayout, recipe: Recipe, picture: Path, timeout: timedelta)
     history.accuracies.append((recipe.steps, reading.accuracy))
     if reports:
         draw(picture, layout, transfers, history, shown, reading.texts, reading.numbers)
+        if timeline_picture is not None and ranks is not None:
+            title = f"one training step of {layout}, {recipe.microbatches} microbatches" + (
+                ", overlap" if overlap else ""
+            )
+            timeline.draw(ranks, timeline_picture, title)
+            timeline.write_trace(ranks, timeline_picture.with_suffix(".json"))
         result = {
             "accuracy": round(reading.accuracy, 4),
             "loss": round(history.losses[-1][1], 6),
@@ -76,6 +105,8 @@ def _train(layout: VlmLayout, recipe: Recipe, picture: Path, timeout: timedelta)
             "ranks": layout.world_size,
             "picture": str(picture.resolve()),
         }
+        if timeline_picture is not None:
+            result["timeline"] = str(timeline_picture.resolve())
         print(final_table(result, len(reading.numbers)))
     trainer.close()
     dist.barrier()

@@ -50,6 +50,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--picture", type=Path, default=Path("out/vlm_digits.png"), help="PNG to draw (default: %(default)s)"
     )
+    parser.add_argument(
+        "--timeline",
+        type=Path,
+        metavar="FILE",
+        help="PNG to draw of one step: what every rank computes, transfers and waits for; with .json in place of .png, "
+        "the same for chrome://tracing. For modules on ranks of their own",
+    )
+    parser.add_argument(
+        "--overlap",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let transfers between modules on ranks of their own run while the ranks compute (default: yes)",
+    )
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for a peer (default: %(default)s)")
     parser.add_argument(
         "--check",
@@ -79,6 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
         layout = parse_layout(options.layout)
         batch = usual_batch(layout, options.microbatches) if options.batch is None else options.batch
         check_batch(layout, batch, options.microbatches)
+        if options.timeline is not None and layout.colocated:
+            raise LayoutError("--timeline shows the pipeline between modules on ranks of their own")
         if is_rank:
             check_world(layout, int(os.environ["WORLD_SIZE"]))
     except LayoutError as error:
@@ -113,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
             lr=options.lr,
             warmup=min(100, options.steps // 8),
         )
-        train_rank(layout, recipe, options.picture, options.timeout)
+        train_rank(layout, recipe, options.picture, options.timeout, options.timeline, options.overlap)
 
     return run_rank(train)
 

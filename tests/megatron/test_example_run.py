@@ -28,7 +28,8 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_trains_and_reports(tmp_path: Path) -> None:
     layout = "images: dp=3; language: tp=2"
-    done = run([sys.executable, str(TRAIN_PY), "--layout", layout, "--steps", "30", "--seed", "5"], tmp_path)
+    options = ["--layout", layout, "--steps", "30", "--seed", "5", "--timeline", "step/timeline.png"]
+    done = run([sys.executable, str(TRAIN_PY), *options], tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.rstrip("\n").splitlines()
     assert lines[-1].startswith("result: ")
@@ -42,13 +43,27 @@ def test_trains_and_reports(tmp_path: Path) -> None:
     assert picture == (tmp_path / "out" / "vlm_digits.png").resolve()
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 30_000
+    step = Path(result["timeline"])
+    assert step == (tmp_path / "step" / "timeline.png").resolve()
+    assert step.read_bytes().startswith(b"\x89PNG")
+    assert step.stat().st_size > 10_000
+    events = json.loads(step.with_suffix(".json").read_text())["traceEvents"]
+    computed = {(e["pid"], e["name"]) for e in events if e.get("cat") in ("forward", "backward")}
+    assert computed == {(rank, f"{kind} {n}") for rank in range(5) for kind in ("forward", "backward") for n in (0, 1)}
     table = "\n".join(lines[:-1])
-    for words in (layout, "(5 ranks)", "held-out numbers", str(picture)):
+    for words in (layout, "(5 ranks)", "held-out numbers", str(picture), str(step)):
         assert words in table
     assert "loss=" in done.stderr
     assert "accuracy=" in done.stderr
     assert "samples/s=" in done.stderr
     assert "Warning" not in done.stderr
+
+
+def test_no_timeline_where_modules_share_their_ranks(tmp_path: Path) -> None:
+    shared = "images: ranks=0-1,dp=2; language: ranks=0-1,tp=2"
+    done = run([sys.executable, str(TRAIN_PY), "--layout", shared, "--timeline", "timeline.png"], tmp_path)
+    assert done.returncode == 2
+    assert "--timeline shows the pipeline between modules on ranks of their own" in done.stderr
 
 
 def test_torchrun_with_a_wrong_number_of_ranks_is_refused(tmp_path: Path) -> None:
