@@ -37,6 +37,7 @@ help:
 	@echo "make check-install       a Megatron script that knows nothing of us, on Megatron's classes and on ours"
 	@echo "make test      all tests: lint, C++, Python, distributed, Megatron"
 	@echo "make bench     the bridge against Megatron's own, on an emulated cluster (needs root): benchmarks/README.md"
+	@echo "make figures   the README's figures and picture, made of benchmarks/results"
 	@echo "make build     set up and install the extension into $(VENV)"
 	@echo "make lint      formatting, lint and types; make format mends the formatting"
 	@echo "make clean     removes $(VENV) and build/"
@@ -109,12 +110,20 @@ check-install: $(VENV)/.test $(VENV)/.built
 
 # --- Benchmarks, in under five minutes. Status 77: this machine cannot emulate a cluster, and has said why.
 
+QUIET_ARGS := $(filter --quick --ignore-busy,$(BENCH_ARGS))
+BENCH := $(PY) -P -W ignore benchmarks
+
 .PHONY: bench
 bench: $(VENV)/.example $(VENV)/.built
-	$(PY) -P -W ignore benchmarks/bench_bridge.py --json out/bench/bridge.json --png out/bench/bridge.png $(BENCH_ARGS) \
-		|| test $$? -eq 77
-	$(PY) -P -W ignore benchmarks/bench_host.py --json out/bench/host.json $(filter --quick --ignore-busy,$(BENCH_ARGS))
-	$(PY) -W ignore benchmarks/bench_plan.py --json out/bench/plan.json $(filter --quick,$(BENCH_ARGS))
+	$(BENCH)/bench_bridge.py --json out/bench/bridge.json --png out/bench/bridge.png $(BENCH_ARGS) || test $$? -eq 77
+	$(BENCH)/bench_training.py --json out/bench/training.json $(QUIET_ARGS) || test $$? -eq 77
+	$(BENCH)/bench_host.py --json out/bench/host.json $(QUIET_ARGS)
+	$(PY) -W ignore benchmarks/bench_plan.py --json out/bench/plan.json --details out/bench/plan_details.json \
+		$(filter --quick,$(BENCH_ARGS))
+
+.PHONY: figures
+figures: $(VENV)/.example $(VENV)/.built
+	$(PY) -P scripts/figures.py --write
 
 # --- Tests. -P keeps the source folder off the path: what is tested is the installed package.
 
