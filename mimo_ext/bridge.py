@@ -324,7 +324,7 @@ class Bridge:
             self._check_tensor(x, "send_forward")
             raise
 
-    def irecv_forward(self, row_shards: RowShards | None = None) -> Handle:
+    def irecv_forward(self, row_shards: RowShards | None = None, *, waits_soon: bool = False) -> Handle:
         """Post the receive of the next microbatch; `wait()` returns a leaf tensor.
 
         It has `requires_grad=True` (floating dtypes), unless the sender or the receiver ran under `torch.no_grad()`.
@@ -333,9 +333,11 @@ class Bridge:
         Args:
             row_shards: as the sender has them, for the samples of this lane: the tensor then holds the rows of this
                 rank's shard only.
+            waits_soon: `wait()` comes next: it then carries the receive out itself, where that is still to be done,
+                which takes less time for small payloads.
         """
         wants_backward = torch.is_grad_enabled()
-        delivery = self._open.irecv_forward(row_shards)
+        delivery = self._open.irecv_forward(row_shards, waits_soon)
 
         def finish(y: torch.Tensor) -> torch.Tensor:
             if not wants_backward:
@@ -371,9 +373,12 @@ class Bridge:
             self._check_tensor(dy, "send_backward")
             raise
 
-    def irecv_backward(self) -> Handle:
-        """Post the receive of the oldest outstanding gradient; `wait()` returns it, or None where there is none."""
-        return Handle(self._open, self._open.irecv_backward(), _unchanged)
+    def irecv_backward(self, *, waits_soon: bool = False) -> Handle:
+        """Post the receive of the oldest outstanding gradient; `wait()` returns it, or None where there is none.
+
+        `waits_soon` as in `irecv_forward`.
+        """
+        return Handle(self._open, self._open.irecv_backward(waits_soon), _unchanged)
 
     def recv_backward(self) -> torch.Tensor | None:
         """The gradient of the oldest sent microbatch; errors as `recv_forward`."""

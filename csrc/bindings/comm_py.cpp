@@ -134,11 +134,11 @@ void register_comm(py::module_& m) {
           Release(), py::arg("gradient").none(true), py::arg("want_delivery") = false)
       .def(
           "irecv_forward",
-          [](Communicator& c, std::shared_ptr<core::RowShards> row_shards) {
-            return c.irecv_forward(std::move(row_shards));
+          [](Communicator& c, std::shared_ptr<core::RowShards> row_shards, bool waits_soon) {
+            return c.irecv_forward(std::move(row_shards), waits_soon);
           },
-          Release(), py::arg("row_shards") = nullptr)
-      .def("irecv_backward", &Communicator::irecv_backward, Release())
+          Release(), py::arg("row_shards") = nullptr, py::arg("waits_soon") = false)
+      .def("irecv_backward", &Communicator::irecv_backward, Release(), py::arg("waits_soon") = false)
       .def(
           "recv_forward",
           [](Communicator& c, std::shared_ptr<core::RowShards> row_shards) {

@@ -64,13 +64,16 @@ class Channel {
     std::shared_ptr<const core::RowShards> row_shards;  ///< forward: which rows the receiver's ranks use
   };
   /// Posts the receives of the next microbatch: of its headers, or with static shapes of its payload. A worker takes it
-  /// from there.
-  std::shared_ptr<Delivery> recv(Expected expected);
+  /// from there: at once, or where the caller is about to wait for it, a little later.
+  std::shared_ptr<Delivery> recv(Expected expected, bool waits_soon);
   /// The same, carried out here as far as possible. Returns when the operation has ended. `poll` is called every 100 ms
   /// and may throw: the receive then goes on by itself.
   /// `posted` is called once the receive counts, whatever becomes of it.
   std::shared_ptr<Delivery> recv_now(Expected expected, const std::function<void()>& poll,
                                      const std::function<void(const std::shared_ptr<Delivery>&)>& posted);
+
+  /// Carries out a receive that no worker has begun, if it is the next one; as recv_now.
+  void take_over(const Delivery& delivery, const std::function<void()>& poll);
 
   /// Gives up the receives that are under way, and those only. From the thread that uses the channel.
   void abort_receives();
@@ -106,7 +109,10 @@ class Channel {
 
   // Receiving: every step may be left by Interrupted and entered again.
   std::unique_ptr<ReceiveJob> post_receive(Expected expected);
-  void submit_receive(std::unique_ptr<ReceiveJob> job);
+  void queue_receive(std::unique_ptr<ReceiveJob> job, Worker::When when);
+  void run_queued_receives();
+  /// In the caller's thread, while it has the turn.
+  void drive(std::unique_ptr<ReceiveJob> job, const std::function<void()>& poll);
   void end_receive(std::unique_ptr<ReceiveJob> job);
   /// Ends the delivery, well or not, or throws Interrupted.
   void run_receive(ReceiveJob& job, const std::function<void()>& poll);
@@ -162,7 +168,11 @@ class Channel {
   std::vector<std::shared_ptr<Delivery>> receive_deliveries_;
 
   std::atomic<bool> receives_aborted_{false};
-  std::atomic<int> receives_with_worker_{0};
+
+  // Receives are carried out one after the other, by whoever has the turn.
+  std::mutex queue_mutex_;
+  Fifo<std::unique_ptr<ReceiveJob>> queued_;
+  bool turn_taken_ = false;
 
   std::mutex room_mutex_;
   std::condition_variable room_changed_;

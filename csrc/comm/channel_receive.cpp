@@ -49,35 +49,29 @@ std::unique_ptr<Channel::ReceiveJob> Channel::post_receive(Expected expected) {
   return job;
 }
 
-void Channel::submit_receive(std::unique_ptr<ReceiveJob> job) {
-  ++receives_with_worker_;
-  ReceiveJob* raw = job.release();
-  receive_worker_->submit(
-      [this, raw] {
-        std::unique_ptr<ReceiveJob> mine(raw);
-        run_receive(*mine, {});
-        end_receive(std::move(mine));
-        --receives_with_worker_;
-      },
-      Worker::When::kNow);
-}
-
-std::shared_ptr<Delivery> Channel::recv(Expected expected) {
-  auto job = post_receive(std::move(expected));
-  auto delivery = job->delivery;
-  submit_receive(std::move(job));
-  return delivery;
-}
-
-std::shared_ptr<Delivery> Channel::recv_now(Expected expected, const std::function<void()>& poll,
-                                            const std::function<void(const std::shared_ptr<Delivery>&)>& posted) {
-  auto job = post_receive(std::move(expected));
-  auto delivery = job->delivery;
-  posted(delivery);
-  if (receives_with_worker_ > 0) {  // messages of one tag are taken in order
-    submit_receive(std::move(job));
-    return delivery;
+void Channel::queue_receive(std::unique_ptr<ReceiveJob> job, Worker::When when) {
+  {
+    const std::lock_guard lock(queue_mutex_);
+    queued_.push_back(std::move(job));
   }
+  receive_worker_->submit([this] { run_queued_receives(); }, when);
+}
+
+void Channel::run_queued_receives() {
+  std::unique_lock lock(queue_mutex_);
+  while (!turn_taken_ && !queued_.empty()) {
+    std::unique_ptr<ReceiveJob> job = std::move(queued_.front());
+    queued_.pop_front();
+    turn_taken_ = true;
+    lock.unlock();
+    run_receive(*job, {});
+    end_receive(std::move(job));
+    lock.lock();
+    turn_taken_ = false;
+  }
+}
+
+void Channel::drive(std::unique_ptr<ReceiveJob> job, const std::function<void()>& poll) {
   receive_worker_->watching(true);
   std::exception_ptr interrupted;
   try {
@@ -86,12 +80,61 @@ std::shared_ptr<Delivery> Channel::recv_now(Expected expected, const std::functi
     interrupted = by.reason;
   }
   receive_worker_->watching(false);
-  if (interrupted) {
-    submit_receive(std::move(job));
-    std::rethrow_exception(interrupted);
+  if (!interrupted) end_receive(std::move(job));
+  bool others = false;
+  {
+    const std::lock_guard lock(queue_mutex_);
+    turn_taken_ = false;
+    if (interrupted) queued_.push_front(std::move(job));
+    others = !queued_.empty();
   }
-  end_receive(std::move(job));
+  if (others) receive_worker_->submit([this] { run_queued_receives(); }, Worker::When::kNow);
+  if (interrupted) std::rethrow_exception(interrupted);
+}
+
+std::shared_ptr<Delivery> Channel::recv(Expected expected, bool waits_soon) {
+  auto job = post_receive(std::move(expected));
+  auto delivery = job->delivery;
+  queue_receive(std::move(job), waits_soon ? Worker::When::kSoon : Worker::When::kNow);
   return delivery;
+}
+
+std::shared_ptr<Delivery> Channel::recv_now(Expected expected, const std::function<void()>& poll,
+                                            const std::function<void(const std::shared_ptr<Delivery>&)>& posted) {
+  auto job = post_receive(std::move(expected));
+  auto delivery = job->delivery;
+  posted(delivery);
+  {
+    const std::lock_guard lock(queue_mutex_);
+    if (!turn_taken_ && queued_.empty()) {
+      turn_taken_ = true;
+    } else {
+      queued_.push_back(std::move(job));
+    }
+  }
+  if (job) {
+    drive(std::move(job), poll);
+  } else {
+    receive_worker_->submit([this] { run_queued_receives(); }, Worker::When::kNow);
+  }
+  return delivery;
+}
+
+void Channel::take_over(const Delivery& delivery, const std::function<void()>& poll) {
+  std::unique_ptr<ReceiveJob> job;
+  {
+    const std::lock_guard lock(queue_mutex_);
+    if (!turn_taken_ && !queued_.empty() && queued_.front()->delivery.get() == &delivery) {
+      job = std::move(queued_.front());
+      queued_.pop_front();
+      turn_taken_ = true;
+    }
+  }
+  if (job) {
+    drive(std::move(job), poll);
+  } else if (receive_worker_) {
+    receive_worker_->hurry();
+  }
 }
 
 void Channel::end_receive(std::unique_ptr<ReceiveJob> job) {

@@ -175,10 +175,10 @@ void Communicator::note_received(const std::shared_ptr<Delivery>& delivery) {
   ++num_received_;
 }
 
-std::shared_ptr<Delivery> Communicator::irecv_forward(const RowShards& row_shards) {
+std::shared_ptr<Delivery> Communicator::irecv_forward(const RowShards& row_shards, bool waits_soon) {
   RECORD_USER_SCOPE("mimo_ext::recv_forward");
   auto expected = expected_forward(row_shards);
-  auto delivery = forward_->recv(std::move(expected));
+  auto delivery = forward_->recv(std::move(expected), waits_soon);
   note_received(delivery);
   return delivery;
 }
@@ -266,10 +266,10 @@ void Communicator::note_backward_posted() {
   }
 }
 
-std::shared_ptr<Delivery> Communicator::irecv_backward() {
+std::shared_ptr<Delivery> Communicator::irecv_backward(bool waits_soon) {
   RECORD_USER_SCOPE("mimo_ext::recv_backward");
   auto expected = expected_backward();
-  auto delivery = backward_->recv(std::move(expected));
+  auto delivery = backward_->recv(std::move(expected), waits_soon);
   note_backward_posted();
   return delivery;
 }
@@ -288,6 +288,8 @@ at::Tensor Communicator::finish(Delivery& delivery, std::int64_t began) {
     // Nobody looks after sends at once unless somebody waits.
     forward_->hurry_sends();
     backward_->hurry_sends();
+  } else if (forward_ && !delivery.done()) {
+    (delivery.is_forward() ? *forward_ : *backward_).take_over(delivery, interrupt_check_);
   }
   while (!delivery.wait_for(kInterruptPeriod)) {
     if (interrupt_check_) interrupt_check_();

@@ -49,9 +49,10 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   /// The gradient of the oldest received microbatch that expects one; none: undefined (with static shapes zeros
   /// travel).
   std::shared_ptr<Delivery> send_backward(const at::Tensor& gradient, bool want_delivery);
-  /// Post a receive and return; a worker carries it out.
-  std::shared_ptr<Delivery> irecv_forward(const RowShards& row_shards);
-  std::shared_ptr<Delivery> irecv_backward();
+  /// Post a receive and return; a worker carries it out. `waits_soon`: the caller waits for it next, and may then do
+  /// so itself.
+  std::shared_ptr<Delivery> irecv_forward(const RowShards& row_shards, bool waits_soon);
+  std::shared_ptr<Delivery> irecv_backward(bool waits_soon);
   /// Receive here and now. The activation is a leaf that requires grad where both sides want a gradient.
   at::Tensor recv_forward(const RowShards& row_shards);
   at::Tensor recv_backward();

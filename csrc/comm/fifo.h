@@ -21,6 +21,12 @@ class Fifo {
     ring_[(head_ + size_) % ring_.size()] = std::move(value);
     ++size_;
   }
+  void push_front(T value) {
+    if (size_ == ring_.size()) grow();
+    head_ = (head_ + ring_.size() - 1) % ring_.size();
+    ring_[head_] = std::move(value);
+    ++size_;
+  }
   void pop_front() {
     ring_[head_] = T{};
     head_ = (head_ + 1) % ring_.size();
