@@ -25,9 +25,6 @@ BridgeTimeoutError = _C.BridgeTimeoutError
 __all__ = ["Bridge", "BridgeError", "BridgeTimeoutError", "Handle", "bridge", "refuse_bridge"]
 
 
-_NO_COUNTS = dict.fromkeys(("sends", "receives", "bytes_sent", "bytes_received", "transfer_s", "exposed_s"), 0)
-
-
 def _nothing(_: Any) -> None:
     return None
 
@@ -394,7 +391,7 @@ class Bridge:
         posted) to its end; `exposed_s`: seconds for which the caller was blocked in a receive.
         """
         sides = {"forward": True, "backward": False}
-        return {side: self._open.counters(forward) or dict(_NO_COUNTS) for side, forward in sides.items()}
+        return {side: self._open.counters(forward) for side, forward in sides.items()}
 
     def start_trace(self, capacity: int = 10_000) -> None:
         """Record the next operations; the last `capacity` are kept. 0 ends recording."""

@@ -61,10 +61,8 @@ std::optional<at::Tensor> optional_tensor(at::Tensor tensor) {
   return tensor;
 }
 
-/// None on a rank that is on neither side.
-py::object counters_of(const Communicator& communicator, bool forward) {
-  const auto* counters = communicator.counters(forward ? core::Direction::kForward : core::Direction::kBackward);
-  if (counters == nullptr) return py::none();
+py::dict counters_of(Communicator& communicator, bool forward) {
+  const comm::Counters* counters = &communicator.counters(forward);
   constexpr double kSecond = 1e9;
   py::dict found;
   found["sends"] = counters->sends.load();

@@ -28,11 +28,12 @@ void keep(std::vector<std::shared_ptr<Program>>& programs, const std::shared_ptr
 
 }  // namespace
 
-Channel::Channel(const BridgeConfig& config, Transport& transport, Failure& failure, Trace& trace,
+Channel::Channel(const BridgeConfig& config, Transport& transport, Failure& failure, Counters& counters, Trace& trace,
                  core::Direction direction)
     : config_(config),
       transport_(transport),
       failure_(failure),
+      counters_(counters),
       trace_(trace),
       direction_(direction),
       sender_(direction == core::Direction::kForward ? config.source : config.destination),

@@ -36,7 +36,8 @@ namespace mimo_ext::comm {
 /// channel.
 class Channel {
  public:
-  Channel(const BridgeConfig& config, Transport& transport, Failure& failure, Trace& trace, core::Direction direction);
+  Channel(const BridgeConfig& config, Transport& transport, Failure& failure, Counters& counters, Trace& trace,
+          core::Direction direction);
   ~Channel();
 
   bool is_sender() const { return sender_lane_ >= 0; }
@@ -83,8 +84,6 @@ class Channel {
   /// Waits for everything that is under way (each wait has its timeout), then ends the workers. After a failure: at
   /// once.
   void close();
-
-  Counters& counters() { return counters_; }
 
  private:
   struct HeaderPeer {
@@ -144,6 +143,7 @@ class Channel {
   const BridgeConfig& config_;
   Transport& transport_;
   Failure& failure_;
+  Counters& counters_;
   Trace& trace_;
   const core::Direction direction_;
   const core::Boundary& sender_;
@@ -155,7 +155,6 @@ class Channel {
   bool meets_itself_ = false;
   std::vector<HeaderPeer> header_receivers_;  ///< whom this rank tells
   std::vector<HeaderPeer> header_senders_;    ///< who tells this rank, one per sender lane; may be itself
-  Counters counters_;
 
   std::int64_t next_send_ = 0;
   std::int64_t next_recv_ = 0;

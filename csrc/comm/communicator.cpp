@@ -30,8 +30,10 @@ Communicator::Communicator(BridgeConfig config, std::unique_ptr<Transport> forwa
       backward_transport_(std::move(backward)) {
   if (!forward_transport_) return;
   Transport& back = backward_transport_ ? *backward_transport_ : *forward_transport_;
-  forward_ = std::make_unique<Channel>(config_, *forward_transport_, failure_, trace_, core::Direction::kForward);
-  backward_ = std::make_unique<Channel>(config_, back, failure_, trace_, core::Direction::kBackward);
+  forward_ = std::make_unique<Channel>(config_, *forward_transport_, failure_, forward_counters_, trace_,
+                                       core::Direction::kForward);
+  backward_ =
+      std::make_unique<Channel>(config_, back, failure_, backward_counters_, trace_, core::Direction::kBackward);
 }
 
 Communicator::~Communicator() {
@@ -295,10 +297,9 @@ at::Tensor Communicator::finish(Delivery& delivery, std::int64_t began) {
     if (interrupt_check_) interrupt_check_();
   }
   at::Tensor tensor = delivery.take();
-  if (delivery.is_send() || !forward_) return tensor;
+  if (delivery.is_send()) return tensor;
   const std::int64_t ended = Times::now();
-  Channel& channel = delivery.is_forward() ? *forward_ : *backward_;
-  channel.counters().exposed_ns.fetch_add(ended - began, std::memory_order_relaxed);
+  counters(delivery.is_forward()).exposed_ns.fetch_add(ended - began, std::memory_order_relaxed);
   if (trace_.on()) {
     trace_.add({false, delivery.is_forward(), delivery.sequence(), delivery.bytes(), delivery.times(), began, ended});
   }
@@ -307,11 +308,6 @@ at::Tensor Communicator::finish(Delivery& delivery, std::int64_t began) {
 
 at::Tensor Communicator::wait(Delivery& delivery) {
   return finish(delivery, Times::now());
-}
-
-const Counters* Communicator::counters(core::Direction direction) const {
-  const auto& channel = direction == core::Direction::kForward ? forward_ : backward_;
-  return channel ? &channel->counters() : nullptr;
 }
 
 std::optional<core::Plan> Communicator::last_plan() const {

@@ -59,8 +59,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   /// Blocks until `delivery` has ended and hands out its tensor, once; rethrows its error.
   at::Tensor wait(Delivery& delivery);
 
-  /// Of one direction; null on a rank that is on neither side.
-  const Counters* counters(core::Direction direction) const;
+  /// Of one direction.
+  Counters& counters(bool is_forward) { return is_forward ? forward_counters_ : backward_counters_; }
   Trace& trace() { return trace_; }
 
   /// Forward microbatches whose gradient has not been asked for yet: {as source, as destination}.
@@ -91,6 +91,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::unique_ptr<Transport> forward_transport_;
   std::unique_ptr<Transport> backward_transport_;  ///< null: the same as forward
   Failure failure_;
+  Counters forward_counters_;
+  Counters backward_counters_;
   Trace trace_;
   std::unique_ptr<Channel> forward_;
   std::unique_ptr<Channel> backward_;

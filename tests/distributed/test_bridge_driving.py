@@ -1,0 +1,173 @@
+"""Who carries a receive out: the caller that waits for it, or a thread of the bridge. The values are the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from launch import launch
+
+import mimo_ext
+from mimo_ext import Layout
+
+TIMEOUT = timedelta(seconds=30)
+
+
+def make(lanes: int = 1, **options: object) -> mimo_ext.Bridge:
+    return mimo_ext.Bridge(
+        Layout([0], name="images"), Layout([1, 2], tp=2, name="language"), ndim=2, timeout=TIMEOUT, **options
+    )
+
+
+def tensor_of(step: int) -> torch.Tensor:
+    return torch.arange(64 * 8, dtype=torch.float32).reshape(64, 8) + 1000 * step
+
+
+def mixed_receives(rank: int, world_size: int, static: bool) -> None:
+    """Blocking receives, receives posted ahead, and ones whose wait comes at once, in every order."""
+    bridge = make(shape=(64, 8) if static else None)
+    kinds = ["now", "ahead", "soon", "now", "soon", "ahead", "ahead", "now"]
+    if rank == 0:
+        for step in range(len(kinds)):
+            bridge.send_forward(tensor_of(step))
+        for step, kind in enumerate(kinds):
+            handle = None if kind == "now" else bridge.irecv_backward(waits_soon=kind == "soon")
+            dx = handle.wait() if handle else bridge.recv_backward()
+            assert torch.equal(dx, 2 * tensor_of(step)), (kind, step)
+    else:
+        handles = {}
+        received = []
+        for step, kind in enumerate(kinds):
+            if kind == "now":
+                received.append(bridge.recv_forward())
+                continue
+            handles[step] = bridge.irecv_forward(waits_soon=kind == "soon")
+            received.append(None)
+        for step, handle in handles.items():
+            received[step] = handle.wait()
+            assert handle.done()
+        for step, y in enumerate(received):
+            assert y.is_leaf
+            assert y.requires_grad
+            assert torch.equal(y.detach(), tensor_of(step)), step
+            bridge.send_backward(2 * y.detach())
+    bridge.close()
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_receives_of_all_kinds_take_turns(static: bool) -> None:
+    launch(mixed_receives, 3, static)
+
+
+def soon_but_late(rank: int, world_size: int) -> float:
+    """The caller said that it would wait at once, and did not: the lane's other rank gets its part all the same."""
+    bridge = make()
+    if rank == 0:
+        bridge.send_forward(tensor_of(0))
+    else:
+        start = time.monotonic()
+        handle = bridge.irecv_forward(waits_soon=True)
+        if rank == 1:
+            time.sleep(3)
+        assert torch.equal(handle.wait().detach(), tensor_of(0))
+        elapsed = time.monotonic() - start
+    bridge.close()
+    return 0.0 if rank == 0 else elapsed
+
+
+def test_a_receive_that_nobody_takes_over_goes_on_by_itself() -> None:
+    assert launch(soon_but_late, 3)[2] < 2.0
+
+
+def interrupted(rank: int, world_size: int) -> None:
+    """Ctrl-C in a blocking receive reaches the program at once; the receive itself goes on."""
+    bridge = make()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if rank == 0:
+        time.sleep(2.5)
+        for step in range(2):
+            bridge.send_forward(tensor_of(step))
+    else:
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            bridge.recv_forward()
+        assert 0.8 < time.monotonic() - start < 2.3
+        # The first microbatch arrives in the background; the next one is the second.
+        assert torch.equal(bridge.recv_forward().detach(), tensor_of(1))
+        assert bridge._open.outstanding == (0, 2)
+    dist.barrier()
+    bridge.close()
+
+
+def test_ctrl_c_interrupts_a_blocking_receive() -> None:
+    launch(interrupted, 3)
+
+
+def storage_of_sends(rank: int, world_size: int) -> None:
+    """A tensor that was sent is let go of although nobody asks."""
+    bridge = make()
+    if rank == 0:
+        x = tensor_of(0)
+        weak = x.untyped_storage()._weak_ref()
+        bridge.send_forward(x)
+        del x
+        deadline = time.monotonic() + 5
+        while not torch.UntypedStorage._expired(weak) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert torch.UntypedStorage._expired(weak), "the bridge still holds what it has sent"
+        torch.UntypedStorage._free_weak_ref(weak)
+    else:
+        assert torch.equal(bridge.recv_forward().detach(), tensor_of(0))
+    dist.barrier()
+    bridge.close()
+
+
+def test_what_was_sent_is_released() -> None:
+    launch(storage_of_sends, 3)
+
+
+def counted(rank: int, world_size: int) -> dict[str, dict[str, float]]:
+    bridge = make()
+    bridge.start_trace()
+    for step in range(3):
+        if rank == 0:
+            bridge.send_forward(tensor_of(step))
+            bridge.recv_backward()
+        else:
+            if rank == 1:
+                time.sleep(0.2)  # its peer is kept waiting, and says so
+            bridge.send_backward(bridge.recv_forward().detach())
+    dist.barrier()
+    bridge.close()
+    events = bridge.trace_events()
+    receives = [event for event in events if event["operation"].startswith("recv")]
+    assert [event["microbatch"] for event in receives] == [0, 1, 2]
+    for event in receives:
+        assert event["posted_ns"] <= event["started_ns"] <= event["done_ns"]
+        assert event["wait_begin_ns"] <= event["done_ns"] <= event["wait_end_ns"]
+    assert sum(event["operation"].startswith("send") for event in events) == 3
+    assert all(event["bytes"] > 0 for event in events)
+    return bridge.telemetry()
+
+
+def test_what_a_bridge_counts() -> None:
+    payload = 64 * 8 * 4
+    found = launch(counted, 3)
+    source, first, second = found[0], found[1], found[2]
+    assert (source["forward"]["sends"], source["forward"]["receives"]) == (3, 0)
+    assert 3 * payload <= source["forward"]["bytes_sent"] <= 6 * payload  # once, or once per rank: the plan's path
+    # Each rank of the lane ends up with everything; what did not come from the source came from the other.
+    for side in (first, second):
+        assert side["forward"]["bytes_received"] == 3 * payload
+        assert (side["forward"]["receives"], side["backward"]["sends"]) == (3, 3)
+    assert source["backward"]["bytes_received"] == 3 * payload
+    assert first["backward"]["bytes_sent"] + second["backward"]["bytes_sent"] == 3 * payload
+    assert source["backward"]["exposed_s"] > 0.5  # three times 0.2 s
+    assert source["backward"]["exposed_s"] >= source["backward"]["transfer_s"]
