@@ -21,6 +21,7 @@ from megatron.core.utils import get_model_config
 
 from mimo_ext.megatron import cpu
 from mimo_ext.megatron.communicator import MultiModulePipelineCommunicator
+from mimo_ext.megatron.overlap import overlapped
 from mimo_ext.megatron.parallel_utils import (
     build_pg_collection_for_schedule,
     finalize_model_grads_multimodule,
@@ -66,6 +67,7 @@ def pretrain(cfg: Any, forward_step_func: Callable, build_data_iterators_fn: Cal
     )
     config.grad_scale_func = optimizer.scale_loss
     data, _ = build_data_iterators_fn(cfg, infra)
+    schedule = overlapped(forward_backward_pipelining_without_interleaving)  # transfers run while the ranks compute
     with MultiModulePipelineCommunicator(
         infra.module_to_grid_map,
         infra.topology,
@@ -77,7 +79,7 @@ def pretrain(cfg: Any, forward_step_func: Callable, build_data_iterators_fn: Cal
         for _ in range(cfg.train.train_iters):
             zero_grad_buffer_for_multimodule(pairs)
             optimizer.zero_grad()
-            losses = forward_backward_pipelining_without_interleaving(
+            losses = schedule(
                 forward_step_func=forward_step_func,
                 data_iterator=data,
                 model=model,

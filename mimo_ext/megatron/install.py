@@ -18,6 +18,8 @@ What is replaced, in the modules that define the names and in all that have impo
 * Megatron-Bridge, where it is installed: provider, infra, parallelism configs, builder, DDP wrapping and the functions
   of ``megatron_mimo_parallel_utils``. Modules of it that are imported later are changed when they are loaded; it is not
   imported for this;
+* with ``install(overlap=True)`` (``--overlap``) also Megatron-Core's 1F1B schedule,
+  ``forward_backward_pipelining_without_interleaving``: it posts receives ahead, see `mimo_ext.megatron.overlap`;
 * import paths that only other versions have (``megatron.bridge.models.mimo.mimo_provider``, ``.mimo_builder``,
   ``.mimo_config``) lead to our modules. Without Megatron-Bridge there is still no ``megatron.bridge`` then, and
   ``from megatron.bridge.models.mimo.mimo_provider import ...`` is the form that works.
@@ -45,12 +47,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from mimo_ext.megatron._patching import LoadHook, Patches, Replacement, find_spec, holders
+from mimo_ext.megatron.overlap import overlapped
 
 __all__ = ["Installation", "Replacement", "install", "installed", "uninstall"]
 
 logger = logging.getLogger(__name__)
 
 _PACKAGE = "mimo_ext.megatron"
+_SCHEDULES = "megatron.core.pipeline_parallel.schedules"
+_SCHEDULE = "forward_backward_pipelining_without_interleaving"
 _lock = threading.RLock()
 _active: Installation | None = None
 _depth = 0
@@ -65,11 +70,13 @@ class Installation:
         left_alone: ``(module.name, reason)`` of names that keep Megatron's object.
         not_reached: places outside of modules that hold Megatron's objects, in words. Looked for at each reading, which
             takes a fraction of a second.
+        overlap: whether the 1F1B schedule posts receives ahead.
         kept: after the end, places where somebody else has put another value in the meantime. It was not touched.
     """
 
-    def __init__(self, exclude: Iterable[str]) -> None:
+    def __init__(self, exclude: Iterable[str], overlap: bool = False) -> None:
         self.exclude = frozenset(exclude)
+        self.overlap = overlap
         self.pending: list[str] = []
         self.left_alone: list[tuple[str, str]] = []
         self.kept: list[str] = []
@@ -116,6 +123,9 @@ class Installation:
         tables = self._stand_ins
         for home in tables.HOMES:
             self._replace(sys.modules[home], tables.HOMES[home])
+        if self.overlap:
+            schedule = getattr(sys.modules[_SCHEDULES], _SCHEDULE)
+            self._patches.replace_everywhere([(schedule, overlapped(schedule))])
         for owner, name, value in tables.attributes():
             self._patches.put(owner, f"{owner.__module__}.{owner.__qualname__}", name, value)
 
@@ -181,7 +191,7 @@ class Installation:
                 delattr(sys.modules[parent], leaf)
 
 
-def install(exclude: Iterable[str] = ()) -> Installation:
+def install(exclude: Iterable[str] = (), overlap: bool = False) -> Installation:
     """Put our classes and functions in place of Megatron's. Each call needs one `uninstall`.
 
     Takes a fraction of a second; needs no process group. Call it on every rank, before models and communicators are
@@ -190,13 +200,15 @@ def install(exclude: Iterable[str] = ()) -> Installation:
     Args:
         exclude: modules (and their submodules) in which nothing is touched. A nested call cannot exclude anything else
             than the outermost one.
+        overlap: let transfers between modules run while the ranks compute: Megatron-Core's 1F1B schedule posts receives
+            ahead, wherever it was imported. The same values. A nested call cannot switch it on.
 
     Returns:
         What was done. It is logged too, at level INFO.
 
     Raises:
         ImportError: megatron-core cannot be imported.
-        ValueError: a nested call with another `exclude`.
+        ValueError: a nested call with another `exclude`, or with `overlap` where the outermost had none.
     """
     global _active, _depth
     exclude = frozenset([exclude] if isinstance(exclude, str) else exclude)
@@ -208,9 +220,11 @@ def install(exclude: Iterable[str] = ()) -> Installation:
                     f"exclude of a nested install(): expected names of the first call's {sorted(_active.exclude)}, "
                     f"got also {sorted(exclude - _active.exclude)}"
                 )
+            if overlap and not _active.overlap:
+                raise ValueError("overlap of a nested install(): expected False, as in the first call, got True")
             _depth += 1
             return _active
-        made = Installation(exclude)
+        made = Installation(exclude, overlap)
         # Set first: what is imported meanwhile may report to it.
         _active = made
         try:
@@ -266,7 +280,7 @@ def _import_ours() -> None:
             "Install it: pip install --no-deps --ignore-requires-python megatron-core==0.19.2, and packaging and triton"
         ) from error
     stand_ins = importlib.import_module(f"{_PACKAGE}._stand_ins")
-    for home in stand_ins.HOMES:
+    for home in (*stand_ins.HOMES, _SCHEDULES):
         importlib.import_module(home)
     tables = [*stand_ins.HOMES.values(), *stand_ins.BRIDGE_HOMES.values()]
     needed = {name for names in tables for name in names.values()}
@@ -294,6 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
         description="Run an unmodified Megatron script on the classes of mimo_ext.",
     )
     parser.add_argument("--cpu", action="store_true", help="train on CPU and gloo (see mimo_ext.megatron.cpu)")
+    parser.add_argument("--overlap", action="store_true", help="let transfers run while the ranks compute")
     parser.add_argument("-v", "--verbose", action="store_true", help="print what was replaced")
     parser.add_argument("-m", dest="is_module", action="store_true", help="SCRIPT is the name of a module")
     parser.add_argument("script", metavar="SCRIPT")
@@ -302,7 +317,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     if options.cpu:
         importlib.import_module(f"{_PACKAGE}.cpu").enable()
-    done = install()
+    done = install(overlap=options.overlap)
     if options.verbose:
         print(done, file=sys.stderr, flush=True)
     sys.argv = [options.script, *options.arguments]
@@ -319,8 +334,8 @@ class _Callable(types.ModuleType):
 
     __call__: Callable[..., Installation]
 
-    def __call__(self, exclude: Iterable[str] = ()) -> Installation:  # type: ignore[no-redef]
-        return install(exclude)
+    def __call__(self, exclude: Iterable[str] = (), overlap: bool = False) -> Installation:  # type: ignore[no-redef]
+        return install(exclude, overlap)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "megatron.core.model
 
 @dataclass(frozen=True)
 class Case:
-    """A layout. `refusal`: what Megatron says to it; empty where it can train it.
+    """A layout. `refusal`: what Megatron says to it; empty where it can train it. `overlap`: ours posts receives ahead.
 
     Of the layouts with the same data (`ragged`), those that Megatron cannot train must give the losses of those it can.
     """
@@ -44,11 +44,12 @@ class Case:
     world_size: int
     ragged: bool
     refusal: str = ""
+    overlap: bool = False
 
 
 CASES = [
     Case("fan-out, ragged rows", "dp=1", "dp=2", 3, True),
-    Case("fan-in, pipeline", "dp=2", "pp=2", 4, False),
+    Case("fan-in, pipeline", "dp=2", "pp=2", 4, False, overlap=True),
     Case("fan-in, ragged rows", "dp=2", "dp=1", 3, True, "Fan-in with variable modality token counts is not supported"),
     Case("DP 2 -> 3, ragged rows", "dp=2", "dp=3", 5, True, "must be evenly divisible"),
 ]
@@ -79,9 +80,15 @@ class _Gloo:
 
 
 def run_program(
-    rank: int, world_size: int, install: bool, arguments: list[str], program: Path = PROGRAM, bridge: str | None = None
+    rank: int,
+    world_size: int,
+    install: bool,
+    arguments: list[str],
+    program: Path = PROGRAM,
+    bridge: str | None = None,
+    overlap: bool = False,
 ) -> dict[str, Any]:
-    """One rank: the script's result, and how often Megatron's own bridge was constructed.
+    """One rank: the script's result, how often Megatron's own bridge was constructed, and schedules that overlapped.
 
     Args:
         rank, world_size: as `launch` gives them.
@@ -89,6 +96,7 @@ def run_program(
         arguments: of the script.
         program: the script.
         bridge: folder with the sources of Megatron-Bridge, where the script needs them.
+        overlap: of `install`.
     """
     if bridge is not None:
         import bridge_sources
@@ -116,16 +124,22 @@ def run_program(
         stack.enter_context(mock.patch.object(released, "__init__", count))
         stack.enter_context(mock.patch.object(sys, "argv", [str(program), *arguments, "--out", folder]))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        schedules = mock.Mock(side_effect=mimo.MultiModulePipelineCommunicator.overlap)
         if install:
-            stack.enter_context(mimo.install())
+            stack.enter_context(mimo.install(overlap=overlap))
+            counted = lambda self, *args, **kwargs: schedules(self, *args, **kwargs)  # noqa: E731 - a method
+            stack.enter_context(mock.patch.object(mimo.MultiModulePipelineCommunicator, "overlap", counted))
         runpy.run_path(str(program), run_name="__main__")
         result = json.loads((Path(folder) / f"rank_{rank}.json").read_text())
-    return result | {"released_bridges": constructed}
+    return result | {"released_bridges": constructed, "overlapped": schedules.call_count}
 
 
 def run_case(case: Case) -> Row:
     arguments = ["--encoder", case.encoder, "--language", case.language, *(["--ragged"] if case.ragged else [])]
-    outcomes = [run_ranks(run_program, case.world_size, install, arguments, timeout=120) for install in (False, True)]
+    outcomes = [
+        run_ranks(run_program, case.world_size, install, arguments, PROGRAM, None, case.overlap, timeout=120)
+        for install in (False, True)
+    ]
     errors = ["\n".join(outcome.errors.values()) for outcome in outcomes]
     results = [None if outcome.errors else outcome.results for outcome in outcomes]
     return Row(case, results[0], errors[0], results[1], errors[1])
@@ -133,7 +147,11 @@ def run_case(case: Case) -> Row:
 
 def problems(rows: list[Row]) -> list[str]:
     """What is not as it should be, in words."""
-    found = []
+    found = [
+        f"{row.case.name}: expected schedules that post receives ahead only with overlap={row.case.overlap}"
+        for row in rows
+        if row.ours is not None and any(bool(rank.get("overlapped")) != row.case.overlap for rank in row.ours)
+    ]
     losses_of = {row.case.ragged: row.released[0]["losses"] for row in rows if row.released is not None}
     for row in rows:
         case, ours = row.case, row.ours

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import types
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 
@@ -261,6 +262,37 @@ def test_calls_nest(program):
     assert module.Communicator is CoreCommunicator
     with pytest.raises(RuntimeError, match=r"uninstall\(\) was called without install"):
         mimo_ext.megatron.uninstall()
+
+
+def test_the_schedule_posts_receives_ahead_where_that_is_asked_for(program):
+    text = (
+        "from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving as run"
+    )
+    before = program(text, "a_program")
+    schedule = before.run
+    with mimo_ext.megatron.install(exclude=TESTS):
+        assert before.run is schedule
+        with pytest.raises(ValueError, match=r"overlap of a nested install\(\): expected False, .* got True"):
+            mimo_ext.megatron.install(overlap=True)
+    with mimo_ext.megatron.install(exclude=TESTS, overlap=True) as done:
+        assert done.overlap
+        after = program(text, "another_program")
+        assert before.run is after.run is not schedule
+        assert before.run.__wrapped__ is schedule
+        asked = []
+
+        class Communicator:
+            @contextmanager
+            def overlap(self, num_microbatches, **options):
+                asked.append((num_microbatches, options["forward_only"]))
+                yield
+
+        with pytest.raises(TypeError, match="required keyword-only arguments"):  # Megatron's own words: it was called
+            after.run(num_microbatches=3, forward_only=True, p2p_communicator=Communicator())
+        assert asked == [(3, True)]
+        with mimo_ext.megatron.install(overlap=True), mimo_ext.megatron.install():
+            pass
+    assert before.run is after.run is schedule
 
 
 def test_it_is_undone_when_the_program_fails(program):
