@@ -26,11 +26,14 @@ except ImportError:
 
 SOURCES = [
     "csrc/core/layout.cpp",
+    "csrc/core/exchange.cpp",
     "csrc/core/microbatch.cpp",
+    "csrc/core/paths.cpp",
     "csrc/core/pieces.cpp",
     "csrc/core/plan.cpp",
     "csrc/core/plan_text.cpp",
     "csrc/core/row_shards.cpp",
+    "csrc/core/sides.cpp",
     "csrc/core/stages.cpp",
     "csrc/ops/pack.cpp",
     "csrc/ops/rescale.cpp",

@@ -105,14 +105,18 @@ def planning(worlds: Sequence[int], repeats: int) -> Iterator[dict[str, Any]]:
             microbatch = edge.microbatch()
             ranks = (*edge.source.ranks, *edge.destination.ranks)
             probes = sorted({ranks[index * (len(ranks) - 1) // (PROBES - 1)] for index in range(PROBES)})
-            Plan(source, destination, microbatch).for_rank(probes[0])  # warm
+            # What a bridge does once: everything that grows with the world.
+            begin = time.thread_time()
+            bridge_plan = Plan(source, destination, microbatch)
+            seconds_bridge = time.thread_time() - begin
+            bridge_plan.for_rank(probes[0])  # warm
             seconds, most = [], 0
             gc.disable()  # its cost is that of everything else in the process
             try:
                 for _ in range(repeats):
                     for rank in probes:
                         begin = time.thread_time()
-                        mine = Plan(source, destination, microbatch).for_rank(rank)
+                        mine = bridge_plan.of(microbatch).for_rank(rank)
                         seconds.append(time.thread_time() - begin)
                         most = max(most, sum(map(len, mine.values())))
             finally:
@@ -132,6 +136,7 @@ def planning(worlds: Sequence[int], repeats: int) -> Iterator[dict[str, Any]]:
                 seconds_lo=min(seconds),
                 seconds_hi=max(seconds),
                 seconds_layouts=seconds_layouts,
+                seconds_bridge=seconds_bridge,
             )
 
 

@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,11 @@ from ._extension import _C
 from ._groups import Groups
 from ._leftovers import finish_leftovers_at_exit
 from ._setup import Setup, ranks_of, refuse_bridge
-from .layout import Layout, Plan
+from .layout import PATHS, Layout, Plan
 from .row_shards import RowShards
+
+if TYPE_CHECKING:
+    from .planning.links import Links
 
 BridgeError = _C.BridgeError
 BridgeTimeoutError = _C.BridgeTimeoutError
@@ -84,6 +87,12 @@ class Bridge:
         max_in_flight: microbatches per direction that are sent but not yet received; a further send waits.
         max_chunks, min_chunk_bytes: what a rank receives for its whole lane it forwards to the lane's other ranks in up
             to so many chunks, none below so many bytes: one is forwarded while the next is on the wire.
+        path: how the ranks of a lane that hold the same come by their copies. "pipelined": each receives an equal part
+            and forwards it; "direct": each receives everything from one sender; "leader": one of them does, and
+            forwards it; "auto": the fastest of these by a model of the links, for each pair of lanes and each
+            microbatch. `print(bridge.plan)` tells the choice.
+        links: what that model takes the links to be. Default: gloo over Ethernet (1 GB/s per rank, 4 GB/s inside a
+            host, 30 us latency, 20 us per message).
         unpaired_backward: let gradients travel before the microbatch that they belong to, or without one: the n-th
             gradient is still that of the n-th microbatch, and its samples (2-D: rows) are split evenly. By default
             such a call is an error.
@@ -115,6 +124,8 @@ class Bridge:
         max_in_flight: int = 32,
         max_chunks: int = 8,
         min_chunk_bytes: int = 64 * 1024,
+        path: str = "auto",
+        links: Links | None = None,
         unpaired_backward: bool = False,
         name: str | None = None,
         setup: Setup | None = None,
@@ -153,11 +164,19 @@ class Bridge:
                     f"bridge '{self.name}': max_chunks and min_chunk_bytes must be positive, got {max_chunks} and "
                     f"{min_chunk_bytes}"
                 )
-            self._chunking = max_chunks, min_chunk_bytes
+            if path not in PATHS:
+                raise ValueError(f"bridge '{self.name}': path: expected one of {', '.join(PATHS)}, got {path!r}")
+            self._plan_options: dict[str, Any] = {
+                "max_chunks": max_chunks,
+                "min_chunk_bytes": min_chunk_bytes,
+                "path": path,
+                "links": None if links is None else links.core(),
+            }
             text = (
                 f"{self.name}: {self._source} | {self._destination}; ndim={ndim} batch_dim={self.batch_dim} "
                 f"seq_dim={self.seq_dim} dtype={dtype} shape={None if shape is None else tuple(shape)}"
-                f" chunks={max_chunks}x{min_chunk_bytes}{' unpaired_backward' if unpaired_backward else ''}"
+                f" chunks={max_chunks}x{min_chunk_bytes} path={path} links={links}"
+                f"{' unpaired_backward' if unpaired_backward else ''}"
                 f" layouts={_C.hash_of(self._source, self._destination):016x} torch={_C.TORCH_VERSION}"
             )
         except Exception as error:
@@ -170,8 +189,7 @@ class Bridge:
             "timeout": timeout,
             "max_in_flight": max_in_flight,
             "unpaired_backward": unpaired_backward,
-            "max_chunks": max_chunks,
-            "min_chunk_bytes": min_chunk_bytes,
+            **self._plan_options,
         }
         if setup is not None:
             setup.add(self, text)
@@ -261,7 +279,7 @@ class Bridge:
             rows_per_sample=parts,
             element_size=self.dtype.itemsize,
         )
-        return Plan(self._source, self._destination, microbatch, False, *self._chunking)
+        return Plan(self._source, self._destination, microbatch, False, **self._plan_options)
 
     def __getattr__(self, name: str) -> Any:
         if name == "_open":  # set when the ranks have met

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Plan = _C.Plan
+# How the ranks of a lane that hold the same come by their copies.
+PATHS = ("auto", "pipelined", "direct", "leader")
 
 
 @dataclass(frozen=True)

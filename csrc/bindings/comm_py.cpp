@@ -29,11 +29,11 @@ std::shared_ptr<Communicator> make_communicator(
     int seq_dim, const py::object& dtype, std::optional<core::Microbatch> fixed, std::chrono::milliseconds timeout,
     int max_in_flight, std::uint64_t hash, int rank, c10::intrusive_ptr<c10d::ProcessGroup> group,
     const std::vector<int>& group_ranks, bool unpaired_backward, int max_chunks, std::int64_t min_chunk_bytes,
-    c10::intrusive_ptr<c10d::ProcessGroup> backward_group, int tag_offset) {
+    c10::intrusive_ptr<c10d::ProcessGroup> backward_group, int tag_offset, const std::string& path,
+    const std::optional<core::Links>& links) {
   if (!THPDtype_Check(dtype.ptr())) throw py::type_error("dtype: expected a torch.dtype");
   BridgeConfig config{std::move(name),
-                      source,
-                      destination,
+                      std::make_shared<const core::Sides>(source, destination),
                       ndim,
                       batch_dim,
                       seq_dim,
@@ -41,7 +41,7 @@ std::shared_ptr<Communicator> make_communicator(
                       std::move(fixed),
                       timeout,
                       max_in_flight,
-                      {max_chunks, min_chunk_bytes},
+                      {{max_chunks, min_chunk_bytes}, core::parse_path(path), links},
                       unpaired_backward,
                       tag_offset,
                       hash};
@@ -110,7 +110,8 @@ void register_comm(py::module_& m) {
            py::arg("timeout"), py::arg("max_in_flight"), py::arg("hash"), py::arg("rank"), py::arg("group"),
            py::arg("group_ranks"), py::arg("unpaired_backward") = false,
            py::arg("max_chunks") = core::Chunking{}.max_chunks, py::arg("min_chunk_bytes") = core::Chunking{}.min_bytes,
-           py::arg("backward_group") = nullptr, py::arg("tag_offset") = 0)
+           py::arg("backward_group") = nullptr, py::arg("tag_offset") = 0, py::arg("path") = "auto",
+           py::arg("links") = py::none())
       .def_property_readonly("is_source", &Communicator::is_source)
       .def_property_readonly("is_destination", &Communicator::is_destination)
       .def_property_readonly("closed", &Communicator::closed)

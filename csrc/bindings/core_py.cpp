@@ -1,6 +1,8 @@
 // Layouts, plans and stage counting.
 #include <pybind11/stl.h>
 
+#include <cmath>
+
 #include "bindings/bindings.h"
 #include "core/layout.h"
 #include "core/plan.h"
@@ -65,6 +67,28 @@ py::tuple shape_tuple(const std::array<std::int64_t, core::kMaxDims>& shape, int
   return out;
 }
 
+std::int64_t nanos(double seconds) {
+  return static_cast<std::int64_t>(std::llround(seconds * 1e9));
+}
+
+core::PlanOptions plan_options(int max_chunks, std::int64_t min_chunk_bytes, const std::string& path,
+                               const std::optional<core::Links>& links) {
+  return {{max_chunks, min_chunk_bytes}, core::parse_path(path), links};
+}
+
+void register_links(py::module_& m) {
+  py::class_<core::Links>(m, "Links",
+                          "What a plan takes the links of every rank to be, in bytes per second and seconds.")
+      .def(py::init([](double nic, double host, double latency, double overhead, int ranks_per_host) {
+             core::Links links{std::llround(nic), std::llround(host), nanos(latency), nanos(overhead), ranks_per_host};
+             links.check();
+             return links;
+           }),
+           py::kw_only(), py::arg("nic"), py::arg("host"), py::arg("latency"), py::arg("overhead"),
+           py::arg("ranks_per_host") = 0)
+      .def("__eq__", [](const core::Links& a, const core::Links& b) { return a == b; });
+}
+
 void register_plan(py::module_& m) {
   py::class_<Microbatch>(m, "Microbatch", "The global microbatch that a plan is for.")
       .def(py::init([](int ndim, int batch_dim, int seq_dim, std::int64_t samples, std::vector<std::int64_t> shape,
@@ -96,24 +120,56 @@ void register_plan(py::module_& m) {
       .def_readonly("samples", &Microbatch::samples)
       .def_readonly("rows", &Microbatch::rows)
       .def_readonly("rows_per_sample", &Microbatch::rows_per_sample)
-      .def_property_readonly("row_shards", [](const Microbatch& microbatch) {
-        return std::const_pointer_cast<core::RowShards>(microbatch.row_shards);  // immutable: no method changes it
-      });
+      .def_property_readonly(
+          "row_shards",
+          [](const Microbatch& microbatch) {
+            return std::const_pointer_cast<core::RowShards>(microbatch.row_shards);  // immutable: no method changes it
+          })
+      .def("__eq__", [](const Microbatch& a, const Microbatch& b) { return a == b; })
+      .def("__hash__", [](const Microbatch& microbatch) { return static_cast<py::ssize_t>(microbatch.hash() >> 1); });
 
   py::class_<Plan>(m, "Plan",
                    "Who sends which box of the boundary tensor to whom, for one microbatch in one direction.")
       .def(py::init([](const Boundary& source, const Boundary& destination, const Microbatch& microbatch, bool backward,
-                       int max_chunks, std::int64_t min_chunk_bytes) {
+                       int max_chunks, std::int64_t min_chunk_bytes, const std::string& path,
+                       const std::optional<core::Links>& links) {
              return Plan(source, destination, microbatch, backward ? Direction::kBackward : Direction::kForward,
-                         {max_chunks, min_chunk_bytes});
+                         plan_options(max_chunks, min_chunk_bytes, path, links));
            }),
            py::arg("source"), py::arg("destination"), py::arg("microbatch"), py::arg("backward") = false,
-           py::arg("max_chunks") = core::Chunking{}.max_chunks, py::arg("min_chunk_bytes") = core::Chunking{}.min_bytes)
+           py::arg("max_chunks") = core::Chunking{}.max_chunks, py::arg("min_chunk_bytes") = core::Chunking{}.min_bytes,
+           py::arg("path") = "auto", py::arg("links") = py::none())
+      .def(
+          "of",
+          [](const Plan& plan, const Microbatch& microbatch) {
+            return Plan(plan.sides(), microbatch, plan.direction(), plan.options());
+          },
+          py::arg("microbatch"), "The plan of another microbatch; what depends on the ranks alone is shared with it.")
       .def("reversed", &Plan::reversed, "The same microbatch in the other direction. An involution.")
       .def_property_readonly("source", &Plan::source)
       .def_property_readonly("destination", &Plan::destination)
       .def_property_readonly("microbatch", &Plan::microbatch)
       .def_property_readonly("backward", [](const Plan& plan) { return plan.direction() == Direction::kBackward; })
+      .def_property_readonly("path", [](const Plan& plan) { return core::to_string(plan.options().path); })
+      .def_property_readonly(
+          "paths_taken",
+          [](const Plan& plan) {
+            py::list taken;
+            for (const core::Path path : plan.paths().taken) taken.append(core::to_string(path));
+            return taken;
+          },
+          "Paths that overlaps of lanes take, as far as their row counts are known here.")
+      .def_property_readonly(
+          "path_times",
+          [](const Plan& plan) {
+            py::dict times;
+            const auto paths = plan.paths();
+            for (const core::Path path : core::kPaths) {
+              times[core::to_string(path)] = static_cast<double>(paths.times.of(path)) * 1e-9;
+            }
+            return times;
+          },
+          "Modelled seconds by path, were all overlaps of lanes like the largest.")
       .def("for_rank", &rank_plan, py::arg("rank"), py::arg("as_sender") = true, py::arg("as_receiver") = true,
            "Messages of one rank: dict of lists 'sends', 'receives', 'lane_sends', 'lane_receives'. A message is a "
            "dict with "
@@ -174,6 +230,7 @@ void register_core(py::module_& m) {
            py::arg("ranks"), py::arg("dims"), py::arg("cp_placement"), py::arg("sequence_parallel"), py::arg("name"))
       .def("boundary", &Layout::boundary, py::arg("stage"));
 
+  register_links(m);
   register_plan(m);
 
   m.def("hash_of", &core::hash_of, py::arg("source"), py::arg("destination"));

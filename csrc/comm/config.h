@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -15,8 +16,7 @@ namespace mimo_ext::comm {
 
 struct BridgeConfig {
   std::string name;  ///< of the edge, for messages: "images -> language"
-  core::Boundary source;
-  core::Boundary destination;
+  std::shared_ptr<const core::Sides> sides;
   int ndim = 2;
   int batch_dim = 0;
   int seq_dim = 0;  ///< the same as batch_dim for 2-D tensors
@@ -24,13 +24,15 @@ struct BridgeConfig {
   std::optional<core::Microbatch> fixed;  ///< static shapes: every microbatch is this one, and no headers are sent
   std::chrono::milliseconds timeout{600000};
   int max_in_flight = 32;  ///< microbatches sent and not yet received, per direction; a further send waits
-  core::Chunking chunking;
+  core::PlanOptions plan_options;
   bool unpaired_backward = false;  ///< gradients may travel before (or without) the forward microbatch they belong to
   int tag_offset = 0;              ///< first of the 16 tags of this bridge in its process groups
   std::uint64_t hash = 0;          ///< of all of the above that must be equal on every rank
+  const core::Boundary& source = sides->source();
+  const core::Boundary& destination = sides->destination();
 
   core::Plan plan(const core::Microbatch& microbatch, core::Direction direction) const {
-    return core::Plan(source, destination, microbatch, direction, chunking);
+    return core::Plan(sides, microbatch, direction, plan_options);
   }
 };
 

@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/hash.h"
+
 namespace mimo_ext::core {
 
 Box intersect(const Box& a, const Box& b) {
@@ -62,18 +64,32 @@ std::int64_t Microbatch::extent(std::int64_t first, std::int64_t last) const {
   return total;
 }
 
-Microbatch Microbatch::normalized() const {
-  Microbatch microbatch = *this;
-  if (batch_dim >= 0 && batch_dim < kMaxDims) microbatch.shape[static_cast<std::size_t>(batch_dim)] = 1;
+void Microbatch::normalize() {
+  if (batch_dim >= 0 && batch_dim < kMaxDims) shape[static_cast<std::size_t>(batch_dim)] = 1;
   if (row_shards != nullptr && ndim == 2 && row_shards->num_samples() == samples) {
-    if (!ragged()) microbatch.rows.assign(static_cast<std::size_t>(samples), kUnknownRows);
-    for (std::size_t sample = 0; sample < microbatch.rows.size(); ++sample) {
-      std::int64_t& count = microbatch.rows[sample];
-      if (count == kUnknownRows) count = row_shards->rows(static_cast<std::int64_t>(sample));
+    if (!ragged()) rows.assign(static_cast<std::size_t>(samples), kUnknownRows);
+    for (std::size_t sample = 0; sample < rows.size(); ++sample) {
+      if (rows[sample] == kUnknownRows) rows[sample] = row_shards->rows(static_cast<std::int64_t>(sample));
     }
   }
-  if (microbatch.ragged() || ndim == 3) microbatch.rows_per_sample = 1;
-  return microbatch;
+  if (ragged() || ndim == 3) rows_per_sample = 1;
+}
+
+std::uint64_t Microbatch::hash() const {
+  Fnv fnv;
+  for (std::int64_t value : {std::int64_t{ndim}, std::int64_t{batch_dim}, std::int64_t{seq_dim}, samples}) {
+    fnv.add(value);
+  }
+  for (std::int64_t extent : shape) fnv.add(extent);
+  fnv.add(rows_per_sample);
+  fnv.add(static_cast<std::int64_t>(rows.size()));
+  for (std::int64_t count : rows) fnv.add(count);
+  fnv.add(element_size);
+  if (row_shards != nullptr) {
+    fnv.add(row_shards->first_known());
+    fnv.add(static_cast<std::int64_t>(row_shards->hash(row_shards->first_known(), row_shards->last_known())));
+  }
+  return fnv.value();
 }
 
 bool Microbatch::operator==(const Microbatch& other) const {

@@ -56,11 +56,13 @@ struct Microbatch {
   /// count.
   std::int64_t extent(std::int64_t first, std::int64_t last) const;
 
-  /// What does not count gets one value: microbatches of the same messages are equal. Row counts are taken from
+  /// Gives what does not count one value: microbatches of the same messages are equal. Row counts are taken from
   /// row_shards where they are not given.
-  Microbatch normalized() const;
+  void normalize();
   /// Throws std::invalid_argument for axes, extents or row counts that do not fit together.
   void check() const;
+  /// Of everything, the same on every machine: one pass over the row counts.
+  std::uint64_t hash() const;
 
   bool operator==(const Microbatch& other) const;
 };

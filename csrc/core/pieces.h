@@ -1,5 +1,4 @@
-// The parts of an overlap of two lanes that the ranks of one of them send or receive. The plan is made of the
-// intersections of the sender's pieces with the receiver's.
+// What the ranks of one side hold of an overlap of two lanes.
 #pragma once
 
 #include <cstdint>
@@ -10,24 +9,6 @@
 #include "core/microbatch.h"
 
 namespace mimo_ext::core {
-
-/// Into how many chunks the part of a receiver is cut that it forwards to its replicas. Must be equal on all ranks.
-struct Chunking {
-  int max_chunks = 8;                               ///< more did not help in measurements; 1: no chunks
-  std::int64_t min_bytes = std::int64_t{64} << 10;  ///< of a chunk: below, the number of messages decides
-
-  bool operator==(const Chunking&) const = default;
-};
-
-/// Part of an overlap that one member of a lane sends or receives.
-struct Piece {
-  int member = 0;
-  int contribution = 0;
-  int chunk = 0;
-  int shard = 0;           ///< of row shards
-  std::int64_t shift = 0;  ///< added to a lane coordinate of the sequence axis to get the member's own
-  Box box;                 ///< relative to the overlap on the batch axis
-};
 
 /// Samples [first, last) that a sender lane and a receiver lane share.
 struct Overlap {
@@ -41,22 +22,48 @@ struct Overlap {
 
 Overlap overlap_of(const Microbatch& microbatch, int sender_lane, int senders, int receiver_lane, int receivers);
 
-/// The members of one side of an overlap with the parts that they carry. Where `partial`, each cp copy carries all of
-/// it. With `row_shards` the rows of a box count along those of the piece's shard in this overlap, until `spread`.
-std::vector<Piece> pieces_of(const Boundary& boundary, int lane, const Overlap& overlap, const Microbatch& microbatch,
-                             bool partial, const RowShards* row_shards);
+/// The whole of an overlap, its batch axis starting at 0. Throws where a row count is not known.
+Box box_of(const Microbatch& microbatch, std::int64_t first, std::int64_t last);
 
-/// Cuts what replicas forward to one another into chunks; in ascending order of chunks.
-std::vector<Piece> chunks_of(std::vector<Piece> pieces, const Boundary& boundary, const Microbatch& microbatch,
-                             const Chunking& chunking, const RowShards* row_shards);
+/// Members of a lane that hold the same part of an overlap.
+struct Replicas {
+  std::vector<int> members;  ///< ascending
+  int contribution = 0;      ///< of partial gradients
+  int shard = 0;             ///< of row shards
+  std::int64_t shift = 0;    ///< added to a lane coordinate of the sequence axis to get the members' own
+  Box box;                   ///< relative to the overlap on the batch axis; of row shards: see Spread
+};
 
-/// Puts pieces of row shards where their rows are in the overlap: one piece for each run of rows. Without row shards
-/// pieces stay as they are.
-std::vector<Piece> spread(std::vector<Piece> pieces, const Boundary& boundary, int lane, const Overlap& overlap,
-                          const Microbatch& microbatch, const RowShards* row_shards);
+/// The parts that one side of an overlap is held in, with the members that hold each. Where `partial`, each cp copy is
+/// a contribution of its own to all of it. `row_shards`: of this side, or null.
+std::vector<Replicas> replicas_of(const Boundary& boundary, int lane, const Overlap& overlap,
+                                  const Microbatch& microbatch, bool partial, const RowShards* row_shards);
 
-/// The members that hold what `member` holds, itself included, ascending.
-std::vector<int> replicas_of(const Boundary& boundary, int member, const RowShards* row_shards);
+/// A box of an overlap, and what is added to a lane coordinate of the sequence axis to get the holder's own.
+struct Placed {
+  Box box;
+  std::int64_t shift = 0;
+};
+
+/// Puts parts of replicas where their rows are in the overlap. The rows of a row shard count from 0 in its own order,
+/// so that they can be cut into equal parts; they lie in one or more runs. Without row shards nothing changes.
+class Spread {
+ public:
+  Spread(const Boundary& boundary, int lane, const Overlap& overlap, const Microbatch& microbatch,
+         const RowShards* row_shards);
+
+  /// `part`: a box in the coordinates of the replicas' box.
+  std::vector<Placed> operator()(const Replicas& replicas, const Box& part) const;
+
+ private:
+  struct ShardRuns {
+    std::int64_t before = 0;  ///< rows of the shard in the lane ahead of the overlap; 0 where that is not known
+    std::vector<Run> runs;    ///< rows of the overlap; local_start counts the shard's rows in it
+  };
+  bool row_sharded_;
+  std::int64_t origin_ = 0;  ///< of the overlap in the lane; 0 where it is not known
+  std::vector<ShardRuns> shards_;
+};
 
 /// Moves a box from overlap coordinates to those of the tensor that the member holds.
 class ToLocal {

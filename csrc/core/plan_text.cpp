@@ -33,6 +33,28 @@ std::string bytes_text(double bytes) {
   return text;
 }
 
+std::string time_text(std::int64_t nanos) {
+  char text[32];
+  const double seconds = static_cast<double>(nanos) * 1e-9;
+  const double scale = seconds < 1e-3 ? 1e6 : seconds < 1.0 ? 1e3 : 1.0;
+  std::snprintf(text, sizeof(text), "%.1f %s", seconds * scale, scale == 1e6 ? "us" : scale == 1e3 ? "ms" : "s");
+  return text;
+}
+
+/// "pipelined (auto): modelled pipelined 1.2 ms, leader 3.4 ms, direct 2.0 ms".
+std::string path_text(const Plan& plan) {
+  const Plan::Paths paths = plan.paths();
+  if (paths.taken.empty()) return "none: nothing moves";
+  std::string text;
+  for (const Path path : paths.taken) text += (text.empty() ? "" : " or ") + std::string(to_string(path));
+  text += plan.options().path == Path::kAuto ? " (auto)" : " (given)";
+  std::string times;
+  for (const Path path : kPaths) {
+    times += (times.empty() ? "" : ", ") + std::string(to_string(path)) + " " + time_text(paths.times.of(path));
+  }
+  return text + "; modelled: " + times + " (overlaps of " + bytes_text(static_cast<double>(paths.bytes)) + ")";
+}
+
 }  // namespace
 
 std::string describe(const Boundary& boundary) {
@@ -87,6 +109,7 @@ std::string Plan::to_string(int max_lines) const {
     out << "]";
   }
   out << ", " << microbatch_.element_size << " bytes per element\n";
+  out << "  path: " << path_text(*this) << "\n";
 
   int shown = 0;
   int left_out = 0;

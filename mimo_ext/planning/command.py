@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import torch
 
+from ..layout import PATHS
 from . import links as model
 from .edge import Edge, parse_layout
 from .links import Links
@@ -70,6 +71,12 @@ def add_to(commands: argparse._SubParsersAction[_Parser]) -> None:
     layout.add_argument("--direction", choices=DIRECTIONS, default="both", help="default %(default)s")
     layout.add_argument(
         "--max-chunks", type=int, default=8, help="in which lane copies follow what arrives, as of Bridge (default 8)"
+    )
+    layout.add_argument(
+        "--path",
+        choices=PATHS,
+        default="auto",
+        help="how replicas in a lane come by their copies, as of Bridge; auto (default): the fastest on these links",
     )
     default = Links()
     cluster = parser.add_argument_group("what it is moved over")
@@ -135,6 +142,7 @@ def edge_of(options: argparse.Namespace) -> Edge:
         options.ndim,
         options.batch_dim,
         options.max_chunks,
+        path=options.path,
     )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from .._extension import _C
-from ..layout import Layout, Plan
+from ..layout import PATHS, Layout, Plan
+from .links import Links
 
 SIZES = ("tp", "cp", "dp", "pp")
 PLACEMENTS = ("replicated", "contiguous", "zigzag")
@@ -33,7 +34,7 @@ class Edge:
         dtype: of the tensor.
         ndim: 2 for [rows of the lane, hidden], 3 for [samples, rows, hidden] (`batch_dim` 0) or
             [rows, samples, hidden] (1).
-        max_chunks, min_chunk_bytes: as of `Bridge`.
+        max_chunks, min_chunk_bytes, path: as of `Bridge`.
 
     Raises:
         EdgeError: values that do not fit together.
@@ -49,6 +50,7 @@ class Edge:
     batch_dim: int = 0
     max_chunks: int = 8
     min_chunk_bytes: int = 64 << 10
+    path: str = "auto"
 
     def __post_init__(self) -> None:
         if self.ndim not in (2, 3):
@@ -61,6 +63,8 @@ class Edge:
             raise EdgeError(
                 f"max_chunks ({self.max_chunks}) and min_chunk_bytes ({self.min_chunk_bytes}) must be 1 or more"
             )
+        if self.path not in PATHS:
+            raise EdgeError(f"path must be one of {', '.join(PATHS)}, got '{self.path}'")
         if min(self.rows_of_samples, default=0) < 0 or (isinstance(self.rows, int) and self.rows < 1):
             raise EdgeError(f"rows must be 1 or more (0 for single samples of a list), got {self.rows}")
         if isinstance(self.rows, tuple):
@@ -105,8 +109,8 @@ class Edge:
             element_size=self.dtype.itemsize,
         )
 
-    def plan(self, backward: bool = False) -> Plan:
-        """The bridge's plan for this microbatch."""
+    def plan(self, backward: bool = False, links: Links | None = None) -> Plan:
+        """The bridge's plan for this microbatch; on `links` (default: those of `Bridge`) where it chooses its path."""
         return Plan(
             self.source.boundary(-1),
             self.destination.boundary(0),
@@ -114,6 +118,8 @@ class Edge:
             backward,
             max_chunks=self.max_chunks,
             min_chunk_bytes=self.min_chunk_bytes,
+            path=self.path,
+            links=None if links is None else links.core(),
         )
 
     def refused_by_released(self) -> str | None:

@@ -22,6 +22,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .._extension import _C
+
 NIC, HOST, STAYS = "nic", "host", "stays"
 
 
@@ -62,6 +64,16 @@ class Links:
         for name in ("latency", "overhead", "ranks_per_host"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"links: {name} must not be negative, got {getattr(self, name)}")
+
+    def core(self) -> _C.Links:
+        """As a plan sees them when it chooses a path: in whole bytes per second and nanoseconds."""
+        return _C.Links(
+            nic=self.nic,
+            host=self.host,
+            latency=self.latency,
+            overhead=self.overhead,
+            ranks_per_host=self.ranks_per_host,
+        )
 
     def host_of(self, rank: int) -> int:
         """The host that a rank is on."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .._extension import _C
+from ..layout import PATHS
 from .edge import Edge
 from .links import HOST, NIC, STAYS, Links, Load
 from .traffic import Traffic, leader_broadcast, planned
@@ -16,11 +17,16 @@ MAX_LINES = 32  # of the table of ranks
 
 @dataclass(frozen=True)
 class Comparison:
-    """One direction of an edge: ours and the released way."""
+    """One direction of an edge: ours and the released way.
+
+    Args:
+        paths: modelled seconds of ours by path, whichever was taken.
+    """
 
     direction: str
     ours: Traffic
     leader: Traffic
+    paths: dict[str, float]
 
     @property
     def ratio(self) -> float | None:
@@ -35,6 +41,7 @@ def compare(edge: Edge, links: Links, directions: Sequence[str], broadcast: str 
             direction,
             planned(edge, links, direction == "backward"),
             leader_broadcast(edge, links, direction == "backward", broadcast),
+            {path: planned(replace(edge, path=path), links, direction == "backward").seconds for path in PATHS[1:]},
         )
         for direction in directions
     ]
@@ -113,7 +120,9 @@ def comparison_text(comparison: Comparison) -> str:
             )
     rows.append(("modelled time", seconds_text(ours.seconds), seconds_text(leader.seconds)))
     rows.append(("", f"{ratio_text(comparison.ratio)} as fast" if comparison.ratio else "nothing moves", ""))
-    lines = [comparison.direction, *_aligned(rows)]
+    times = ", ".join(f"{path} {seconds_text(seconds)}" for path, seconds in comparison.paths.items())
+    taken = " or ".join(ours.paths) or "none: nothing moves"
+    lines = [comparison.direction, *_aligned(rows), "", f"  path: {taken}; modelled: {times}"]
     return "\n".join([*lines, "", *_ranks_text(ours)])
 
 
@@ -182,6 +191,7 @@ def report_dict(edge: Edge, links: Links, comparisons: Sequence[Comparison]) -> 
             {
                 "direction": comparison.direction,
                 "ratio": comparison.ratio,
+                "path_seconds": comparison.paths,
                 "ours": comparison.ours.as_dict(),
                 "leader": comparison.leader.as_dict(),
             }

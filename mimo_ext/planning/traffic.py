@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from .._extension import _C
@@ -92,12 +92,14 @@ class Traffic:
         phases: the messages of the part's ranks, in the order in which they wait for one another.
         part: which ranks these are.
         links: what they are sent over.
+        paths: that overlaps of lanes take, where the method has a choice.
     """
 
     method: str
     phases: tuple[Phase, ...]
     part: Part
     links: Links
+    paths: tuple[str, ...] = ()
 
     @property
     def transfers(self) -> list[Transfer]:
@@ -154,6 +156,7 @@ class Traffic:
             "method": self.method,
             "rounds": self.rounds,
             "chunks": self.chunks,
+            "paths": list(self.paths),
             "messages": self.messages,
             "seconds": self.seconds,
             "efficiency": self.efficiency,
@@ -176,15 +179,15 @@ PAYLOAD_IN_LANE = "payload in the lane"
 
 
 def planned(edge: Edge, links: Links, backward: bool = False) -> Traffic:
-    """What the bridge sends: the messages of its plan."""
-    plan = edge.plan(backward)
+    """What the bridge sends: the messages of its plan, on the path that it chooses for these links."""
+    plan = edge.plan(backward, links)
     part = part_of(edge, plan, links)
     item = edge.dtype.itemsize
     transfers, chunks = _gathered(_sends(plan, part), item)
     copies, copy_chunks = _gathered(_lane_sends(plan, part), item)
     phase = Phase(PAYLOAD, transfers, copies, max(chunks, copy_chunks), rounds=2 if copies else 1)
     phases = (phase,) if transfers else ()
-    return Traffic("the bridge's plan", phases, part, links)
+    return Traffic("the bridge's plan", phases, part, links, tuple(plan.paths_taken))
 
 
 def _sends(plan: Plan, part: Part) -> Iterator[_C.Message]:
@@ -213,6 +216,18 @@ def _gathered(messages: Iterable[_C.Message], item: int) -> tuple[tuple[Transfer
     return tuple(Transfer(*ranks, *pair) for ranks, pair in sums.items()), last_chunk + 1
 
 
+def _overlaps(edge: Edge, plan: Plan, part: Part) -> Iterator[tuple[tuple[int, int], int]]:
+    """(sender lane, receiver lane) of all lanes that share samples, and the bytes of these."""
+    senders, receivers = (len(side.lanes) for side in _sides(plan))
+    before = [0, *accumulate(edge.rows_of_samples)]
+    for lane in range(len(part.senders)):
+        for other in range(lane * receivers // senders, -(-(lane + 1) * receivers // senders)):
+            first = max(edge.samples * lane // senders, edge.samples * other // receivers)
+            last = min(edge.samples * (lane + 1) // senders, edge.samples * (other + 1) // receivers)
+            if first < last:
+                yield (lane, other), (before[last] - before[first]) * edge.hidden * edge.dtype.itemsize
+
+
 def leader_broadcast(edge: Edge, links: Links, backward: bool = False, broadcast: str = "ring") -> Traffic:
     """What Megatron-Core's released class sends: whole lanes between leaders, then a broadcast in the receiving lane.
 
@@ -227,10 +242,7 @@ def leader_broadcast(edge: Edge, links: Links, backward: bool = False, broadcast
     plan = edge.plan(backward)
     part = part_of(edge, plan, links)
     # A gradient's partial copies count once: the leader's is taken.
-    sizes: dict[tuple[int, int], int] = defaultdict(int)
-    for message in _sends(plan, part):
-        if message["contribution"] == 0:
-            sizes[message["sender_lane"], message["receiver_lane"]] += _size(message, edge.dtype.itemsize)
+    sizes = dict(_overlaps(edge, plan, part))
     sender, receiver = (0, -1) if backward else (-1, 0)
     between = {
         pair: (part.senders[pair[0]][sender], part.receivers[pair[1]][receiver]) for pair, size in sizes.items() if size

@@ -26,6 +26,11 @@ Microbatch ragged(std::vector<std::int64_t> rows, std::int64_t hidden) {
   return microbatch;
 }
 
+PlanOptions on(Path path, Chunking chunking = {}) {
+  return {chunking, path, {}};
+}
+
+const PlanOptions kPipelined = on(Path::kPipelined);
 const Boundary kTwoLanes = side("images", {{0}, {1}}, 1);
 const Boundary kOneLane = side("language", {{2, 3}}, 2);
 
@@ -97,7 +102,7 @@ TEST(Plan, UnequalTpMeetsInFewContiguousMessages) {
   microbatch.samples = 4;
   microbatch.shape = {1, 576, 64};
   const Plan plan(side("images", {{0, 1, 2, 3, 4, 5, 6, 7}}, 8), side("language", {{8, 9, 10, 11}}, 4), microbatch,
-                  Direction::kForward);
+                  Direction::kForward, kPipelined);
   for (int rank = 0; rank < 8; ++rank) {
     const auto sends = plan.for_rank(rank).sends;
     ASSERT_EQ(sends.size(), 1U);
@@ -110,7 +115,8 @@ TEST(Plan, PartsThatAreForwardedAreCutIntoChunksOfEnoughBytes) {
   Microbatch microbatch = flat(1, 1024, 256);
   microbatch.element_size = 2;  // 512 KiB in all, 256 KiB for each receiver
   const auto chunks = [&](const Boundary& receiver, Chunking chunking) {
-    const Plan plan(side("images", {{0, 1}}, 2), receiver, microbatch, Direction::kForward, chunking);
+    const Plan plan(side("images", {{0, 1}}, 2), receiver, microbatch, Direction::kForward,
+                    on(Path::kPipelined, chunking));
     const RankPlan sender = plan.for_rank(0);
     const RankPlan there = plan.for_rank(2);
     EXPECT_EQ(sender.sends.size(), there.receives.size());
@@ -131,7 +137,8 @@ TEST(Plan, PartsThatAreForwardedAreCutIntoChunksOfEnoughBytes) {
   EXPECT_EQ(chunks(pair, {8, 100 << 10}), 2U);
   EXPECT_EQ(chunks(pair, {8, 1 << 20}), 1U);
   // Nobody to forward to. (Both senders send: one message each.)
-  const Plan alone(side("images", {{0, 1}}, 2), side("language", {{2}}, 1), microbatch, Direction::kForward);
+  const Plan alone(side("images", {{0, 1}}, 2), side("language", {{2}}, 1), microbatch, Direction::kForward,
+                   kPipelined);
   EXPECT_EQ(alone.for_rank(2).receives.size(), 2U);
   EXPECT_TRUE(alone.for_rank(2).lane_sends.empty());
 }
@@ -139,7 +146,7 @@ TEST(Plan, PartsThatAreForwardedAreCutIntoChunksOfEnoughBytes) {
 TEST(Plan, FirstChunksOfAllLanesGoFirst) {
   const Chunking chunking{4, 1};
   const Plan plan(side("images", {{0, 1}}, 2), side("language", {{2, 3}, {4, 5}}, 2), flat(4, 8, 16),
-                  Direction::kForward, chunking);
+                  Direction::kForward, on(Path::kPipelined, chunking));
   int last = 0;
   std::set<int> lanes_of_first;
   for (const Message& message : plan.for_rank(0).sends) {
@@ -149,17 +156,19 @@ TEST(Plan, FirstChunksOfAllLanesGoFirst) {
   }
   EXPECT_EQ(last, 3);
   EXPECT_EQ(lanes_of_first, (std::set<int>{0, 1}));
-  EXPECT_NE(plan, Plan(plan.source(), plan.destination(), plan.microbatch(), Direction::kForward));
-  EXPECT_EQ(plan.reversed().chunking(), chunking);
-  EXPECT_NE(plan.hash(), Plan(plan.source(), plan.destination(), plan.microbatch(), Direction::kForward).hash());
+  EXPECT_NE(plan, Plan(plan.source(), plan.destination(), plan.microbatch(), Direction::kForward, kPipelined));
+  EXPECT_EQ(plan.reversed().options().chunking, chunking);
+  EXPECT_NE(plan.hash(),
+            Plan(plan.source(), plan.destination(), plan.microbatch(), Direction::kForward, kPipelined).hash());
   for (const Chunking& wrong : {Chunking{0, 1}, Chunking{1, 0}}) {
-    EXPECT_THROW(Plan(plan.source(), plan.destination(), plan.microbatch(), Direction::kForward, wrong),
-                 std::invalid_argument);
+    EXPECT_THROW(
+        Plan(plan.source(), plan.destination(), plan.microbatch(), Direction::kForward, on(Path::kPipelined, wrong)),
+        std::invalid_argument);
   }
 }
 
 TEST(Plan, FanIn) {
-  const Plan plan(kTwoLanes, kOneLane, flat(4, 2, 8), Direction::kForward);
+  const Plan plan(kTwoLanes, kOneLane, flat(4, 2, 8), Direction::kForward, kPipelined);
   EXPECT_EQ(plan.receiver_shape(0, 0), (std::array<std::int64_t, 3>{8, 8, 1}));
   EXPECT_EQ(plan.sender_shape(1, 0), (std::array<std::int64_t, 3>{4, 8, 1}));
   const RankPlan sender = plan.for_rank(1);
@@ -268,7 +277,7 @@ TEST(Plan, MessagesGrowWithTheLaneNotWithTheWorld) {
     for (int member = 0; member < 32; ++member) destinations.back().push_back(65536 + lane * 32 + member);
   }
   const Plan plan(side("images", sources, 8), side("language", destinations, 8, 4), flat(8192, 256, 64),
-                  Direction::kForward);
+                  Direction::kForward, kPipelined);
   EXPECT_EQ(plan.for_rank(65535).sends.size(), 4U);
   EXPECT_EQ(plan.for_rank(131071).receives.size(), 4U);
   EXPECT_EQ(plan.for_rank(131071).lane_receives.size(), 4U * 31U);
@@ -320,14 +329,14 @@ TEST(PlanText, LongLanesAndUnknownRowsAreAbbreviated) {
   const Boundary wide = side("images", {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9}}, 10);
   EXPECT_EQ(describe(wide), "tp=10 cp=1, 1 lane: [0 1 2 3 4 5 6 ... 9]");
   EXPECT_EQ(describe(side("images", {{0, 1, 2, 3, 4, 5, 6, 7}}, 8)), "tp=8 cp=1, 1 lane: [0 1 2 3 4 5 6 7]");
-  const Plan plan(kTwoLanes, kOneLane, ragged({kUnknownRows, 2}, 4), Direction::kForward);
+  const Plan plan(kTwoLanes, kOneLane, ragged({kUnknownRows, 2}, 4), Direction::kForward, kPipelined);
   const std::string text = plan.to_string(64);
   EXPECT_NE(text.find("[0:1, 0:4] -> [? +1, 0:4]"), std::string::npos) << text;
   EXPECT_NE(text.find("row counts of other lanes are not known here"), std::string::npos) << text;
 }
 
 TEST(PlanText, IsATableThatPeopleCanRead) {
-  const Plan plan(kTwoLanes, kOneLane, flat(4, 2, 8), Direction::kForward);
+  const Plan plan(kTwoLanes, kOneLane, flat(4, 2, 8), Direction::kForward, kPipelined);
   const std::string text = plan.to_string(64);
   EXPECT_NE(text.find("Plan forward: images -> language"), std::string::npos);
   EXPECT_NE(text.find("sender   tp=1 cp=1, 2 lanes: [0] [1]"), std::string::npos);

@@ -24,6 +24,7 @@ class Setting:
     seq: int
     hidden: int
     max_chunks: int = 1
+    path: str = "auto"
 
     @property
     def seq_dim(self) -> int:
@@ -55,7 +56,7 @@ class Setting:
 
     def plan_of(self, microbatch: _C.Microbatch, backward: bool = False) -> Plan:
         # Elements of one byte, chunks of two bytes at least.
-        return Plan(self.src.boundary(-1), self.dst.boundary(0), microbatch, backward, self.max_chunks, 2)
+        return Plan(self.src.boundary(-1), self.dst.boundary(0), microbatch, backward, self.max_chunks, 2, self.path)
 
 
 def lane_range(samples: int, lane: int, lanes: int) -> tuple[int, int]:

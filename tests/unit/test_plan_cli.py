@@ -91,17 +91,37 @@ def test_options_of_the_cluster_and_of_the_microbatch_count(capsys: pytest.Captu
 
 
 def test_chunks_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    free = [*FAN_IN, "--direction", "forward", "--overhead-us", "0", "--json"]
     for chunks in (1, 3):
-        result = json.loads(printed(capsys, *FAN_IN, "--direction", "forward", "--max-chunks", str(chunks), "--json"))
+        result = json.loads(printed(capsys, *free, "--max-chunks", str(chunks)))
         assert result["directions"][0]["ours"]["chunks"] == chunks
     # Bridge's own defaults are the command's.
     parameters = inspect.signature(Bridge).parameters
-    fields = ("max_chunks", "min_chunk_bytes")
+    fields = ("max_chunks", "min_chunk_bytes", "path")
     assert [getattr(EDGE, name) for name in fields] == [parameters[name].default for name in fields]
 
 
+def test_the_path_is_chosen_and_told_with_its_alternatives(capsys: pytest.CaptureFixture[str]) -> None:
+    for rows, best in ((1, "direct"), (4096, "pipelined")):
+        text = printed(capsys, *FAN_IN, "--direction", "forward", "--rows", str(rows))
+        (line,) = [line for line in text.splitlines() if line.startswith("  path: ")]
+        result = json.loads(printed(capsys, *FAN_IN, "--direction", "forward", "--rows", str(rows), "--json"))
+        (direction,) = result["directions"]
+        times = direction["path_seconds"]
+        assert list(times) == ["pipelined", "direct", "leader"]
+        told = ", ".join(f"{path} {seconds_text(seconds)}" for path, seconds in times.items())
+        assert line == f"  path: {best}; modelled: {told}"
+        assert direction["ours"]["paths"] == [best] == [min(times, key=lambda path: times[path])]
+        assert direction["ours"]["seconds"] == times[best]
+        for path in times:
+            given = json.loads(printed(capsys, *FAN_IN, "--rows", str(rows), "--path", path, "--json"))
+            forward, backward = given["directions"]
+            assert forward["ours"]["paths"] == backward["ours"]["paths"] == [path]
+            assert forward["ours"]["seconds"] == times[path]
+
+
 def test_ragged_rows_are_one_count_per_sample(capsys: pytest.CaptureFixture[str]) -> None:
-    result = json.loads(printed(capsys, *FAN_IN, "--rows", "5,0,7,1", "--hidden", "2", "--json"))
+    result = json.loads(printed(capsys, *FAN_IN, "--rows", "5,0,7,1", "--hidden", "2", "--path", "leader", "--json"))
     assert (result["shape"], result["bytes"]) == ([13, 2], 13 * 2 * 2)
     assert result["directions"][0]["ours"]["bytes"]["nic"] == 13 * 2 * 2
 
@@ -230,12 +250,12 @@ def test_without_matplotlib_the_picture_is_refused_in_words(
     assert main(FAN_IN) == 0
 
 
-def arrows(source: str, destination: str, backward: bool = False) -> tuple[Any, Any, Any]:
+def arrows(source: str, destination: str, backward: bool = False, path: str = "pipelined") -> tuple[Any, Any, Any]:
     from mimo_ext.planning import picture
 
     src = parse_layout(source, "source")
     dst = parse_layout(destination, "destination", src.size)
-    case = Edge(src, dst, max(len(src.lanes()), len(dst.lanes())))
+    case = Edge(src, dst, max(len(src.lanes()), len(dst.lanes())), path=path)
     direction = "backward" if backward else "forward"
     (comparison,) = compare(case, Links(), (direction,))
     columns = picture._Columns(direction, comparison.ours)
@@ -247,6 +267,8 @@ def test_arrows_carry_what_the_plan_sends() -> None:
     assert sent == {(0, 2, False): 4 << 20, (0, 3, False): 4 << 20, (1, 2, False): 4 << 20, (1, 3, False): 4 << 20}
     assert copied == {}
     assert columns.sides == [[(0, 1)], [(2,), (3,)]]
+    columns, sent, copied = arrows("tp=2", "dp=2", path="direct")
+    assert sent == {(0, 2, False): 8 << 20, (1, 3, False): 8 << 20}
     columns, sent, copied = arrows("tp=2", "dp=2", backward=True)
     assert {key: size >> 20 for key, size in sent.items()} == {(rank, to, False): 4 for rank in (2, 3) for to in (0, 1)}
     assert {key: size >> 20 for key, size in copied.items()} == {(0, 1, False): 8, (1, 0, False): 8}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -128,7 +129,7 @@ def test_one_rank_on_both_sides_sends_nothing() -> None:
 
 
 def test_ours_by_hand() -> None:
-    traffic = planned(edge("tp=4", "tp=4"), SLOW)
+    traffic = planned(edge("tp=4", "tp=4", path="pipelined"), SLOW)
     loads = traffic.loads()
     for rank in range(4):
         assert loads[rank, "nic", "out"].size == 256 == loads[4 + rank, "nic", "in"].size
@@ -142,14 +143,18 @@ def test_ours_by_hand() -> None:
 
 
 def test_large_parts_are_handed_on_in_chunks() -> None:
-    small, large = (planned(edge("tp=4", "tp=4", hidden=hidden), Links(ranks_per_host=4)) for hidden in (8, 1 << 16))
+    links = Links(overhead=1e-9, ranks_per_host=4)
+    small, large = (planned(edge("tp=4", "tp=4", hidden=hidden, path="pipelined"), links) for hidden in (8, 1 << 16))
     assert (small.chunks, large.chunks) == (1, 8)
     assert (small.rounds, large.rounds) == (2, 2)
     assert large.messages == 8 * small.messages
     sending, copying = large.total("nic") / 4 / 50e9, large.total("host") / 4 / 450e9
-    overheads = 0.5e-6 * 8, 0.5e-6 * 8 * 3
+    overheads = 1e-9 * 8, 1e-9 * 8 * 3
     expected = sending + overheads[0] + (copying + overheads[1]) / 8 + 2 * 5e-6
     assert large.seconds == pytest.approx(expected)
+    # Where a message costs more than an eighth of the copies would, fewer chunks are faster.
+    costly = replace(links, overhead=0.5e-6)
+    assert planned(edge("tp=4", "tp=4", hidden=1 << 16, path="pipelined"), costly).chunks == 2
 
 
 # Any edge
