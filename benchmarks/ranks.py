@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -93,7 +94,7 @@ def rank_pool(cluster: EmulatedCluster, preloaded: Sequence[str] = PRELOADED) ->
         preloaded: modules that are imported once for all ranks of this process's first pool.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(preloaded))
+    _start_server(context, preloaded)
     meet = context.Barrier(cluster.world_size, timeout=GROUP_TIMEOUT.total_seconds())
     processes: list[BaseProcess] = []
     pipes: list[multiprocessing.connection.Connection] = []
@@ -122,6 +123,20 @@ def rank_pool(cluster: EmulatedCluster, preloaded: Sequence[str] = PRELOADED) ->
                 if process.is_alive():
                     process.kill()
                 process.join()
+
+
+def _start_server(context: Any, preloaded: Sequence[str]) -> None:
+    context.set_forkserver_preload(list(preloaded))
+    # The server of Python 3.11 looks for the modules only where PYTHONPATH says, and is silent where it finds none.
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def _rank_main(

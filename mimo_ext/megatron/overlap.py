@@ -24,6 +24,12 @@ __all__ = ["overlapped"]
 _Result = TypeVar("_Result")
 
 
+class Post(Protocol):
+    """Posts a receive; `waits_soon` as `Bridge.irecv_forward` has it."""
+
+    def __call__(self, *, waits_soon: bool) -> Handle: ...
+
+
 class Handle(Protocol):
     """A receive that is under way."""
 
@@ -42,7 +48,7 @@ class Receives:
         posts_ahead: whether a receive can be posted before the schedule asks for it.
     """
 
-    def __init__(self, bridge: Any, post: Callable[[], Handle], name: str, posts_ahead: bool = True) -> None:
+    def __init__(self, bridge: Any, post: Post, name: str, posts_ahead: bool = True) -> None:
         self.bridge = bridge
         self.name = name
         self._post = post
@@ -95,14 +101,14 @@ class Receives:
                 )
             self._posted.popleft()
         else:
-            handle = self._post()
+            handle = self._post(waits_soon=True)
             self._expected = max(0, self._expected - 1)
         self._fill()
         return handle
 
     def _fill(self) -> None:
         while self._expected > 0 and len(self._posted) < self._ahead:
-            self._posted.append((self._post(), torch.is_grad_enabled()))
+            self._posted.append((self._post(waits_soon=False), torch.is_grad_enabled()))
             self._expected -= 1
 
 

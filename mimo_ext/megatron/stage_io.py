@@ -7,7 +7,7 @@ before the first byte leaves.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,7 +19,7 @@ from mimo_ext.megatron.adapters import (
     _restore_tensor_from_comm,
     is_single_shape,
 )
-from mimo_ext.megatron.overlap import Handle, Receives
+from mimo_ext.megatron.overlap import Handle, Post, Receives
 
 if TYPE_CHECKING:
     from mimo_ext import Bridge, RowShards
@@ -144,9 +144,7 @@ class StageIO:
                     source.bridge, source.bridge.irecv_forward, source.key, "activation", source.posts_ahead
                 )
 
-    def _receives(
-        self, bridge: Bridge, post: Callable[[], Handle], key: str, what: str, posts_ahead: bool = True
-    ) -> Receives:
+    def _receives(self, bridge: Bridge, post: Post, key: str, what: str, posts_ahead: bool = True) -> Receives:
         # A rank that would wait for itself must be told so when the schedule asks, not before.
         ahead = posts_ahead and id(bridge) not in self._ahead
         return Receives(bridge, post, f"{self._where(key)}: {what} over '{bridge.name}'", ahead)

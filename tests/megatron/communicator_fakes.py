@@ -191,7 +191,7 @@ def fake_bridge_class(world: FakeWorld) -> type:
             assert sum(counts) == x.shape[self.batch_dim]
             world.put((self.name, "forward", self._next("send_forward")), self.rank, (x.detach().clone(), counts))
 
-        def irecv_forward(self) -> _Handle:
+        def irecv_forward(self, *, waits_soon: bool = False) -> _Handle:
             lane, microbatch = self._lane(self.destination_lanes), self._next("recv_forward")
 
             def wait() -> torch.Tensor:
@@ -214,7 +214,7 @@ def fake_bridge_class(world: FakeWorld) -> type:
             world.put((self.name, "backward", self._next("send_backward")), self.rank, value)
             assert dy is None or dy.ndim == self.ndim, lane
 
-        def irecv_backward(self) -> _Handle:
+        def irecv_backward(self, *, waits_soon: bool = False) -> _Handle:
             lane, microbatch = self._lane(self.source_lanes), self._next("recv_backward")
             assert microbatch < self.counts["send_forward"], "a gradient is asked for before its activation was sent"
 

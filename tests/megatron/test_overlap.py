@@ -20,11 +20,13 @@ class Link:
 
     def __init__(self, posts_ahead: bool = True) -> None:
         self.count = 0
+        self.asked = 0  # posted when they were asked for
         self.arrived = 0
         self.receives = Receives(self, self._post, "rank 0: activation", posts_ahead)
 
-    def _post(self) -> Any:
+    def _post(self, *, waits_soon: bool) -> Any:
         self.count += 1
+        self.asked += waits_soon
         return _Posted(self, self.count)
 
     def take(self) -> int:
@@ -47,7 +49,9 @@ def test_one_more_than_asked_for_is_posted_and_none_beyond_the_last() -> None:
     with overlapping([link.receives], [], 3, forward_only=False, ahead=1):
         assert link.count == 0
         assert [(link.take(), link.count, link.receives.posted) for _ in range(3)] == [(1, 2, 1), (2, 3, 1), (3, 3, 0)]
+    assert link.asked == 1
     assert (link.take(), link.count) == (4, 4)  # outside: when it is asked for
+    assert link.asked == 2
     with overlapping([link.receives], [], 5, forward_only=True, ahead=3):
         assert [(link.take(), link.count) for _ in range(5)] == [(5, 8), (6, 9), (7, 9), (8, 9), (9, 9)]
 
