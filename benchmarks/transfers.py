@@ -103,24 +103,13 @@ def ours(case: Case, method: str) -> Iterator[Operations]:
         shape=case.shape if method.endswith(STATIC) else None,
         timeout=TIMEOUT,
     ) as bridge:
-
-        def send_forward_recv_backward(x: torch.Tensor) -> torch.Tensor | None:
-            gradient = bridge.irecv_backward()
-            bridge.send_forward(x)
-            return gradient.wait()
-
-        def send_backward_recv_forward(dy: torch.Tensor) -> torch.Tensor:
-            activation = bridge.irecv_forward()
-            bridge.send_backward(dy)
-            return activation.wait()
-
         yield Operations(
             bridge.send_forward,
             bridge.recv_forward,
             bridge.send_backward,
             bridge.recv_backward,
-            send_forward_recv_backward,
-            send_backward_recv_forward,
+            bridge.send_forward_recv_backward,
+            bridge.send_backward_recv_forward,
         )
 
 

@@ -399,6 +399,26 @@ class Bridge:
         """The gradient of the oldest sent microbatch; errors as `recv_forward`."""
         return self._open.recv_backward()
 
+    def isend_forward_recv_backward(self, x: torch.Tensor, **options: Any) -> Handle:
+        """`isend_forward(x, **options)` and `irecv_backward()`; the handle is that of the gradient."""
+        self.send_forward(x, **options)
+        return self.irecv_backward()
+
+    def send_forward_recv_backward(self, x: torch.Tensor, **options: Any) -> torch.Tensor | None:
+        """`send_forward(x, **options)`, then `recv_backward()`: of the oldest microbatch that waits for its gradient."""
+        self.send_forward(x, **options)
+        return self.recv_backward()
+
+    def isend_backward_recv_forward(self, dy: torch.Tensor | None, row_shards: RowShards | None = None) -> Handle:
+        """`isend_backward(dy)` and `irecv_forward(row_shards)`; the handle is that of the activation."""
+        self.send_backward(dy)
+        return self.irecv_forward(row_shards)
+
+    def send_backward_recv_forward(self, dy: torch.Tensor | None, row_shards: RowShards | None = None) -> torch.Tensor:
+        """`send_backward(dy)`, then `recv_forward(row_shards)`."""
+        self.send_backward(dy)
+        return self.recv_forward(row_shards)
+
     # What it tells about itself
 
     def telemetry(self) -> dict[str, dict[str, float]]:
