@@ -405,7 +405,7 @@ class Bridge:
         return self.irecv_backward()
 
     def send_forward_recv_backward(self, x: torch.Tensor, **options: Any) -> torch.Tensor | None:
-        """`send_forward(x, **options)`, then `recv_backward()`: of the oldest microbatch that waits for its gradient."""
+        """`send_forward(x, **options)`, then `recv_backward()`: of the oldest microbatch that waits for one."""
         self.send_forward(x, **options)
         return self.recv_backward()
 
