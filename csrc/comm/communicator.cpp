@@ -4,6 +4,7 @@
 #include <ATen/record_function.h>
 #include <c10/core/GradMode.h>
 
+#include <array>
 #include <sstream>
 
 #include "comm/leftovers.h"
@@ -307,6 +308,9 @@ at::Tensor Communicator::finish(Delivery& delivery, std::int64_t began) {
 }
 
 at::Tensor Communicator::wait(Delivery& delivery) {
+  static constexpr std::array<const char*, 4> kRanges{"mimo_ext::recv_backward.wait", "mimo_ext::recv_forward.wait",
+                                                      "mimo_ext::send_backward.wait", "mimo_ext::send_forward.wait"};
+  RECORD_USER_SCOPE(kRanges[(delivery.is_send() ? 2U : 0U) + (delivery.is_forward() ? 1U : 0U)]);
   return finish(delivery, Times::now());
 }
 

@@ -186,6 +186,26 @@ def counted(rank: int, world_size: int) -> dict[str, dict[str, float]]:
     return bridge.telemetry()
 
 
+def profiled(rank: int, world_size: int) -> list[str]:
+    bridge = make()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        if rank == 0:
+            bridge.send_forward(tensor_of(0))
+            bridge.recv_backward()
+        else:
+            y = bridge.irecv_forward().wait() if rank == 1 else bridge.recv_forward()
+            bridge.send_backward(y.detach())
+    bridge.close()
+    return sorted({event.key for event in profile.key_averages() if event.key.startswith("mimo_ext::")})
+
+
+def test_a_profile_names_the_operations() -> None:
+    found = launch(profiled, 3)
+    assert found[0] == ["mimo_ext::recv_backward.wait", "mimo_ext::send_forward"]
+    assert found[1] == ["mimo_ext::recv_forward", "mimo_ext::recv_forward.wait", "mimo_ext::send_backward"]
+    assert found[2] == ["mimo_ext::recv_forward.wait", "mimo_ext::send_backward"]
+
+
 def test_what_a_bridge_counts() -> None:
     payload = 64 * 8 * 4
     found = launch(counted, 3)
