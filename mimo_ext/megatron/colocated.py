@@ -22,9 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mimo_ext import Bridge, Layout, bridge
+from mimo_ext import Bridge, Layout, RowShards, bridge
 from mimo_ext._setup import Setup
 from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY
+from mimo_ext.megatron.sharded import ShardedDelivery, two_dims
 
 
 def sizes_of(grid: Any) -> dict[str, int]:
@@ -58,6 +59,7 @@ class ColocatedBridges:
         dtype: in which rows and their gradients travel.
         device: of the rows.
         timeout: how long any wait for a peer may last; default that of `mimo_ext.Bridge`.
+        sharded: where each rank of the language model receives the rows of its own part of the sequence only.
 
     Raises:
         RuntimeError: torch.distributed is not initialized.
@@ -72,8 +74,10 @@ class ColocatedBridges:
         *,
         device: torch.device | str = "cpu",
         timeout: timedelta | None = None,
+        sharded: ShardedDelivery | None = None,
     ) -> None:
         self.names = modules_to_bridge(grids)
+        self._sharded = sharded
         self.dtype = dtype
         self._edges: dict[str, _Edge] = {}
         language_grid = grids[MIMO_LANGUAGE_MODULE_KEY]
@@ -106,21 +110,40 @@ class ColocatedBridges:
             token_id: of the encoder's positions.
         """
         # The host must know the counts before it can say where rows go. Free where input_ids live on the host.
-        counts = (_two_dims(input_ids) == token_id).sum(dim=1, keepdim=True).cpu()
+        mask = two_dims(input_ids) == token_id
+        if self._sharded is None:
+            counts = mask.sum(dim=1, keepdim=True).cpu()
+        else:
+            counts = self._sharded.shards.interval_counts(mask).cpu()
         with torch.no_grad():
             self._edges[name].ask.send_forward(counts, num_samples=self.num_samples(input_ids))
 
-    def hear_counts(self, name: str) -> list[int]:
-        """Rows of each sample of this rank's lane of encoder `name`, as the language lanes told them."""
+    def hear_counts(self, name: str) -> tuple[list[int], RowShards | None]:
+        """What the language lanes told of the samples of this rank's lane of encoder `name`.
+
+        Returns:
+            Rows of each sample; and which ranks use them, where the rows are delivered in shards.
+        """
         with torch.no_grad():
-            return self._edges[name].ask.recv_forward().flatten().tolist()
+            told = self._edges[name].ask.recv_forward()
+        counts = told.sum(dim=1).tolist()
+        if self._sharded is None:
+            return counts, None
+        return counts, self._sharded.shards.row_shards_of_intervals(told, *self._sharded.lanes[name])
 
     def num_samples(self, input_ids: torch.Tensor) -> int:
         """Samples of the microbatch in all lanes, which have equally many."""
-        return _two_dims(input_ids).size(0) * self.num_lanes
+        return two_dims(input_ids).size(0) * self.num_lanes
 
     def carry(
-        self, name: str, rows: torch.Tensor, counts: Sequence[int], num_samples: int, *, trains: bool
+        self,
+        name: str,
+        rows: torch.Tensor,
+        counts: Sequence[int],
+        num_samples: int,
+        *,
+        trains: bool,
+        row_shards: tuple[RowShards, RowShards] | None = None,
     ) -> torch.Tensor:
         """Rows of the encoder's lane to rows of the language lane; differentiable. Every rank calls it.
 
@@ -130,9 +153,12 @@ class ColocatedBridges:
             counts: rows of each sample of that lane.
             num_samples: of the microbatch, in all lanes.
             trains: whether the encoder takes gradients; the same on all ranks. If not, none travel.
+            row_shards: which ranks of the language model use which rows: of the samples of the encoder's lane, and of
+                those of the language model's. Given on all ranks or on none.
 
         Returns:
-            ``[rows, h]`` of this rank's lane of the language model, in the order of its samples.
+            ``[rows, h]`` of this rank's lane of the language model, in the order of its samples; with `row_shards` of
+            this rank's part of the sequence.
 
         Raises:
             ValueError: the rows are not those of `counts`, or `counts` are not those of the lane's samples. Before
@@ -147,8 +173,11 @@ class ColocatedBridges:
                 f"of shape {list(rows.shape)}. Encoder inputs must be those of the encoder's lane, input_ids those of "
                 "the language module's."
             )
+        options: dict[str, Any] = {}
+        if row_shards is not None:
+            options = {"row_shards": row_shards[0], "recv_row_shards": row_shards[1]}
         with contextlib.nullcontext() if trains else torch.no_grad():
-            carried = bridge(rows.to(self.dtype), edge.rows, row_counts=counts, num_samples=num_samples)
+            carried = bridge(rows.to(self.dtype), edge.rows, row_counts=counts, num_samples=num_samples, **options)
         if carried.requires_grad:
             edge.watch(carried)
         return carried
@@ -198,7 +227,3 @@ class _Edge:
         for one in (self.rows, self.counts):
             if one is not None:
                 one.close(abort)
-
-
-def _two_dims(input_ids: torch.Tensor) -> torch.Tensor:
-    return input_ids if input_ids.dim() == 2 else input_ids.unsqueeze(0)

@@ -20,7 +20,8 @@ from megatron.core.utils import unwrap_model
 from mimo_ext.megatron.colocated import ColocatedBridges, modules_to_bridge, sizes_of
 from mimo_ext.megatron.module_random import ModuleRandomState, tp_rank_in
 from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY, ModuleLayout, RankRole
-from mimo_ext.megatron.sharded import OwnPart, SequenceShards, ShardedDelivery, leave_mark
+from mimo_ext.megatron.sharded import HeldRows, OwnPart, SequenceShards, ShardedDelivery, leave_mark
+from mimo_ext.megatron.stage_io import ArrivingRows
 
 
 class MimoModel(_CoreMimoModel):
@@ -32,7 +33,8 @@ class MimoModel(_CoreMimoModel):
         sharded_delivery: whether each rank of a language model with sequence or context parallelism receives the rows
             of its own part of the sequence only (see `mimo_ext.megatron.sharded`). None: where that is possible. It
             takes a communicator that knows the model, by its `model` or its `config`, and ``input_ids`` on the
-            encoders' ranks. True: raise where it is not possible. Equal on all ranks.
+            encoders' ranks; of modules on the same ranks, encoders with other parallel sizes than the language model.
+            True: raise where it is not possible. Equal on all ranks.
 
     Attributes:
         role: `RankRole` of this rank, from ``mimo_config.module_to_grid_map``.
@@ -41,7 +43,8 @@ class MimoModel(_CoreMimoModel):
         row_counts: modality name -> queue with the per-sample row counts (``list[int]``) of the last output of that
             encoder. The communicator takes the entry when it sends the output. An entry that nobody took is replaced
             by the next forward's; an empty queue means that the counts are unknown.
-        sharded: what sharded delivery needs, None where there is none. The communicator takes from it, too.
+        sharded: what sharded delivery needs between modules on ranks of their own, None where there is none. The
+            communicator takes from it, too.
         pg_collection: groups of this rank's module, set by the provider; Float16Module reads it.
         model_type: what the schedule without a pipeline asks of every model.
 
@@ -62,6 +65,7 @@ class MimoModel(_CoreMimoModel):
     released_roles: ClassVar[bool] = False
     _role_is_fixed = False
     sharded: ShardedDelivery | None = None
+    _sharded_here: ShardedDelivery | None = None  # the same between modules on the same ranks
     _part: OwnPart | None = None  # while the language model's first stage runs
 
     def __init__(
@@ -108,8 +112,12 @@ class MimoModel(_CoreMimoModel):
             raise ValueError(f"Rank {_rank()}: sharded_delivery=True: {obstacle}.")
         if sharded_delivery is not False and obstacle is None:
             config = mimo_config.language_model_spec.params["config"]
-            self.sharded = ShardedDelivery.of(grids, config, modality_names)
-            leave_mark(config, self.sharded)
+            delivery = ShardedDelivery.of(grids, config, modality_names)
+            if self.role.mode == ModuleLayout.NON_COLOCATED:
+                self.sharded = delivery
+                leave_mark(config, delivery)
+            else:
+                self._sharded_here = delivery
 
     @property
     def role(self) -> RankRole:
@@ -158,7 +166,7 @@ class MimoModel(_CoreMimoModel):
                 input_ids, position_ids, attention_mask, loss_mask, labels, input_tensors, packing_kwargs
             )
         if self._random_states:
-            rows = self._forward_bridged_encoders(input_ids, modality_inputs or {}, row_counts or {})
+            rows = self._forward_bridged_encoders(input_ids, modality_inputs or {}, row_counts or {}, packing_kwargs)
             return self._forward_language_module(
                 input_ids, position_ids, attention_mask, loss_mask, labels, rows, packing_kwargs
             )
@@ -168,11 +176,19 @@ class MimoModel(_CoreMimoModel):
 
     def _obstacle_to_sharded_delivery(self, modality_names: Sequence[str]) -> str | None:
         """Why the rows cannot be delivered in shards; None where they can. The same on all ranks."""
-        if self.role.mode != ModuleLayout.NON_COLOCATED or not modality_names:
-            return "expected encoders on ranks of their own"
         config, grids = self.mimo_config.language_model_spec.params["config"], self.mimo_config.module_to_grid_map
-        if SequenceShards.of(grids[MIMO_LANGUAGE_MODULE_KEY], config).num_shards == 1:
+        if not grids or not modality_names:
+            return "expected encoders with grids"
+        if self.role.mode != ModuleLayout.NON_COLOCATED and sorted(self._random_states) != sorted(modality_names):
+            return "expected encoders on ranks of their own, or with other parallel sizes than the language model"
+        shards = SequenceShards.of(grids[MIMO_LANGUAGE_MODULE_KEY], config)
+        if shards.num_shards == 1:
             return "expected a language model with sequence parallelism or context parallelism"
+        if self.role.has_language_module:
+            sharding = getattr(self.partition_adapter, "cfg", None)
+            splits = (False, False) if sharding is None else (sharding.use_cp, sharding.seq_parallel)
+            if splits != (shards.cp > 1, shards.sequence_parallel):
+                return f"expected a language model that splits its sequence by {shards}, got one that does not"
         without_token = [name for name in modality_names if name not in self.special_token_ids]
         if without_token:
             return f"expected special_token_ids of {list(modality_names)}, got none of {without_token}"
@@ -196,7 +212,9 @@ class MimoModel(_CoreMimoModel):
         config = self.mimo_config.language_model_spec.params["config"]
         dtype = getattr(config, "pipeline_dtype", None) or getattr(config, "params_dtype", None) or torch.float32
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
-        self._bridges = ColocatedBridges(self.mimo_config.module_to_grid_map, dtype, device=device, timeout=timeout)
+        self._bridges = ColocatedBridges(
+            self.mimo_config.module_to_grid_map, dtype, device=device, timeout=timeout, sharded=self._sharded_here
+        )
 
     @property
     def colocated_bridges(self) -> ColocatedBridges | None:
@@ -234,10 +252,12 @@ class MimoModel(_CoreMimoModel):
         input_ids: torch.Tensor,
         modality_inputs: Mapping[str, Any],
         row_counts: Mapping[str, Sequence[int]],
-    ) -> dict[str, torch.Tensor]:
+        packing_kwargs: dict[str, Any] | None,
+    ) -> dict[str, Any]:
         """Run the encoders on this rank's samples of theirs; returns the rows of its samples of the language model.
 
-        Every rank takes part in every bridge, also where its samples have none of the modality.
+        Under sharded delivery, `HeldRows` of its part of the sequence. Every rank takes part in every bridge, also
+        where its samples have none of the modality.
         """
         self.build_bridges()
         bridges = self._bridges
@@ -250,7 +270,7 @@ class MimoModel(_CoreMimoModel):
                         f"{sorted(self.special_token_ids)}."
                     )
                 bridges.tell_counts(name, input_ids, self.special_token_ids[name])
-        rows: dict[str, torch.Tensor] = {}
+        rows: dict[str, Any] = {}
         for name, submodule in self.modality_submodules.items():
             inputs = modality_inputs.get(name)
             with self._random_state_of(name):
@@ -259,7 +279,7 @@ class MimoModel(_CoreMimoModel):
                 rows[name] = output
         num_samples = bridges.num_samples(input_ids)
         for name in bridges.names:
-            counts = row_counts[name] if name in row_counts else bridges.hear_counts(name)
+            counts, sent = (row_counts[name], None) if name in row_counts else bridges.hear_counts(name)
             output = rows.get(name)
             if output is None:
                 output = self._empty_encoder_output(name)
@@ -270,7 +290,12 @@ class MimoModel(_CoreMimoModel):
                     f"Rank {_rank()}, module '{name}': expected inputs without gradients for an encoder whose weights "
                     "are all frozen, got some that require them; no gradient travels back to it."
                 )
-            rows[name] = bridges.carry(name, output, counts, num_samples, trains=trains)
+            dealt = None
+            if self._sharded_here is not None and sent is not None and not row_counts and packing_kwargs is None:
+                ids = input_ids, self.special_token_ids[name]
+                dealt = sent, self._sharded_here.row_shards_of(name, MIMO_LANGUAGE_MODULE_KEY, *ids)
+            carried = bridges.carry(name, output, counts, num_samples, trains=trains, row_shards=dealt)
+            rows[name] = carried if dealt is None else HeldRows(carried)
         return rows
 
     def _forward_language_module(
@@ -284,9 +309,11 @@ class MimoModel(_CoreMimoModel):
         packing_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Run the language model; on its first stage with the rows that have been announced, if there are any."""
-        arriving = {} if self.sharded is None else self.sharded.take(input_tensors)
+        delivery, arriving = self._sharded_here, _held(input_tensors)
+        if self.sharded is not None:
+            delivery, arriving = self.sharded, dict(self.sharded.take(input_tensors))
         if arriving:
-            assert self.sharded is not None
+            assert delivery is not None
             if packing_kwargs is not None:
                 raise ValueError(
                     f"Rank {_rank()}, module '{MIMO_LANGUAGE_MODULE_KEY}': expected no packing_kwargs, got "
@@ -299,7 +326,7 @@ class MimoModel(_CoreMimoModel):
                     f"length {sharding.max_seq_len} (max_sequence_length), got {input_ids.size(-1)}."
                 )
             groups = sharding.cp_group, sharding.tp_group
-            self._part = OwnPart(self.sharded, input_ids, self.special_token_ids, arriving, *groups)
+            self._part = OwnPart(delivery, input_ids, self.special_token_ids, arriving, *groups)
         try:
             return super()._forward_language_module(
                 input_ids, position_ids, attention_mask, loss_mask, labels, input_tensors, packing_kwargs
@@ -472,6 +499,13 @@ class MimoModel(_CoreMimoModel):
         if weight is not None:
             dtype, device = weight.dtype, weight.device
         return torch.empty((0, hidden), device=device, dtype=dtype, requires_grad=True)
+
+
+def _held(input_tensors: Any) -> dict[str, ArrivingRows | HeldRows]:
+    """Those of the language model's inputs that are rows of its own part of the sequence."""
+    if not isinstance(input_tensors, dict):
+        return {}
+    return {name: rows for name, rows in input_tensors.items() if isinstance(rows, HeldRows)}
 
 
 def _with_rows(input_tensors: Any) -> Any:

@@ -11,6 +11,7 @@ over tensor-parallel ranks, its gradient is summed in another order.
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -62,11 +63,10 @@ class SequenceShards:
 
     def check_length(self, length: int, module: str) -> None:
         """ValueError unless a sequence splits into equal parts."""
-        divisor = self.parts * (2 * self.cp if self.cp > 1 else 1)
-        if length % divisor:
+        if length % self._units:
             raise ValueError(
-                f"Rank {_rank()}, module '{module}': expected a sequence length divisible by {divisor} for context and "
-                f"sequence parallelism of the language model, got input_ids of length {length}."
+                f"Rank {_rank()}, module '{module}': expected a sequence length divisible by {self._units} for context "
+                f"and sequence parallelism of the language model, got input_ids of length {length}."
             )
 
     def row_shards(self, mask: torch.Tensor, lane: int, lanes: int) -> RowShards:
@@ -84,6 +84,32 @@ class SequenceShards:
             first_sample=lane * mask.size(0),
             num_samples=lanes * mask.size(0),
         )
+
+    @property
+    def _units(self) -> int:
+        """Into how many equal pieces a sequence is cut at most."""
+        return self.parts * (2 * self.cp if self.cp > 1 else 1)
+
+    @functools.cached_property
+    def _intervals(self) -> list[tuple[int, int]]:
+        """The sequence from its start: ``(shard, size)`` of each interval that one shard has, in units of `_units`."""
+        return self.row_shards(torch.ones(1, self._units, dtype=torch.bool), 0, 1).segments(0)
+
+    def interval_counts(self, mask: torch.Tensor) -> torch.Tensor:
+        """Rows in each interval of the sequence that one rank has, int64 ``[b, intervals]``.
+
+        Args:
+            mask: bool ``[b, s]``, positions that have a row, on any device.
+        """
+        self.check_length(mask.size(1), MIMO_LANGUAGE_MODULE_KEY)
+        units = mask.view(mask.size(0), self._units, -1).sum(dim=2)
+        return torch.stack([part.sum(dim=1) for part in units.split([size for _, size in self._intervals], 1)], dim=1)
+
+    def row_shards_of_intervals(self, counts: torch.Tensor, lane: int, lanes: int) -> RowShards:
+        """`row_shards` of what `interval_counts` gave, on the host."""
+        shards = [shard for shard, _ in self._intervals]
+        segments = [list(zip(shards, of_sample, strict=True)) for of_sample in counts.tolist()]
+        return RowShards(segments, self.num_shards, lanes * len(segments), lane * len(segments))
 
     def positions(self, length: int, cp_rank: int) -> torch.Tensor:
         """Positions of a cp rank's tokens, int64 ``[parts, length / (cp * parts)]``, one line per tp rank."""
@@ -115,7 +141,7 @@ class ShardedDelivery:
 
     @classmethod
     def of(cls, grids: Mapping[str, Any], config: Any, modules: Iterable[str]) -> ShardedDelivery:
-        """Of a model whose modules are on ranks of their own.
+        """Of a model whose modules are on ranks of their own, or all on the same.
 
         Args:
             grids: module name -> grid.
@@ -192,6 +218,16 @@ def delivery_of(config: Any) -> ShardedDelivery | None:
     return mark.delivery() if isinstance(mark, _Mark) else None
 
 
+@dataclass(frozen=True)
+class HeldRows:
+    """Rows that are here."""
+
+    rows: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        return self.rows
+
+
 class OwnPart:
     """This rank's part of the sequence of one microbatch, and what fills its positions.
 
@@ -199,7 +235,7 @@ class OwnPart:
         delivery: of the model.
         input_ids: ``[b, s]`` or ``[s]``, all positions of the lane's samples.
         special_token_ids: modality name -> token id.
-        arriving: modality name -> its rows; posted here, awaited by `combine`.
+        arriving: modality name -> its rows, awaited by `combine`.
         cp_group, tp_group: groups of the language model; None where there is no context or sequence parallelism.
 
     Raises:
@@ -211,7 +247,7 @@ class OwnPart:
         delivery: ShardedDelivery,
         input_ids: torch.Tensor,
         special_token_ids: Mapping[str, int],
-        arriving: Mapping[str, ArrivingRows],
+        arriving: Mapping[str, ArrivingRows | HeldRows],
         cp_group: Any,
         tp_group: Any,
     ) -> None:
@@ -236,8 +272,9 @@ class OwnPart:
                     "embeddings (0): embeddings of this modality are missing."
                 )
         # All are posted before the first is awaited: several encoders arrive side by side.
-        for name, rows in self._arriving.items():
-            rows.post(delivery.row_shards_of(name, MIMO_LANGUAGE_MODULE_KEY, ids, special_token_ids[name]))
+        for name, rows in arriving.items():
+            if isinstance(rows, ArrivingRows):
+                rows.post(delivery.row_shards_of(name, MIMO_LANGUAGE_MODULE_KEY, ids, special_token_ids[name]))
 
     def _by_part(self, values: torch.Tensor) -> torch.Tensor:
         """``[b, s]`` -> ``[parts, b * (s / (cp * parts))]``: the positions of each tp rank, sample by sample."""

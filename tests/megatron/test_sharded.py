@@ -187,6 +187,18 @@ def test_positions_are_where_megatron_puts_the_tokens():
     assert SequenceShards(3, 1, True).positions(9, 0).tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
 
 
+@pytest.mark.parametrize(("tp", "cp", "sequence_parallel"), LAYOUTS)
+def test_intervals_of_the_sequence_tell_the_same_as_its_positions(tp, cp, sequence_parallel):
+    """What language ranks tell an encoder on their ranks about samples that it does not see."""
+    shards = SequenceShards(tp, cp, sequence_parallel)
+    mask = ids_of(3, batch=4) == IMAGE
+    counts = shards.interval_counts(mask)
+    assert counts.sum(dim=1).tolist() == mask.sum(dim=1).tolist()
+    assert shards.row_shards_of_intervals(counts, 1, 3) == shards.row_shards(mask, 1, 3)
+    with pytest.raises(ValueError, match="expected a sequence length divisible by"):
+        shards.interval_counts(mask[:, 1:])
+
+
 def test_multimodal_positions_no_positions_and_one_sample():
     ids = torch.tensor([IMAGE, 1, 2, IMAGE])
     delivery = delivery_of(1, 2, False)
@@ -274,7 +286,9 @@ def test_rows_and_positions_that_do_not_fit_are_refused():
 # --- the model
 
 
-def model(grids: dict[str, Grid], tokens: dict[str, int] = TOKENS, cls: type = MimoModel, **options: Any) -> MimoModel:
+def model(
+    grids: dict[str, Grid] | None, tokens: dict[str, int] = TOKENS, cls: type = MimoModel, **options: Any
+) -> MimoModel:
     encoder = ModuleSpec(module=torch.nn.Identity)
     submodule = ModuleSpec(module=VisionModalitySubmodules, params={}, submodules={"encoders": {"encoder": encoder}})
     config = SimpleNamespace(
@@ -284,7 +298,7 @@ def model(grids: dict[str, Grid], tokens: dict[str, int] = TOKENS, cls: type = M
         sequence_parallel=options.pop("sequence_parallel", False),
         params_dtype=torch.float32,
     )
-    names = [name for name in grids if name != "language"]
+    names = ["images"] if grids is None else [name for name in grids if name != "language"]
     return cls(
         MimoModelConfig(
             language_model_spec=ModuleSpec(module=Language, params={"config": config}),
@@ -311,7 +325,14 @@ class Reshaping(MimoModel):
         (TO_CP, {}, None),
         ({"images": Grid(0, dp=2), "language": Grid(2, tp=2)}, {"sequence_parallel": True}, None),
         ({"images": Grid(0, dp=2), "language": Grid(2, tp=2)}, {}, "sequence parallelism or context parallelism"),
-        ({"images": Grid(0, dp=2), "language": Grid(0, dp=2)}, {}, "expected encoders on ranks of their own"),
+        (None, {}, "expected encoders with grids"),
+        (
+            {"images": Grid(0, dp=2), "language": Grid(0, dp=2)},
+            {},
+            "expected encoders on ranks of their own, or with other parallel sizes than the language model",
+        ),
+        # Its config says nothing of context parallelism: every rank has the whole sequence.
+        ({"images": Grid(0, dp=2), "language": Grid(0, cp=2)}, {}, "a language model that splits its sequence"),
         (TO_CP, {"kv_format": "thd"}, "expected kv_format 'sbhd', got 'thd'"),
         (TO_CP, {"tokens": {"audio": AUDIO}}, r"special_token_ids of \['images'\], got none of \['images'\]"),
         (TO_CP, {"cls": Reshaping}, "own align_embeddings_by_token_positions, got that of Reshaping"),

@@ -108,8 +108,10 @@ def compare(rank: int, world_size: int, cases: list[tuple[Case, Run]]) -> list[d
             for step in steps:
                 step.step(int(case.text_at_the_end))  # which has a microbatch of text alone
             replicated, sharded = steps
-            delivery = mimo.parallel_utils.unwrap_megatron_mimo_model(sharded.model).sharded
+            model = mimo.parallel_utils.unwrap_megatron_mimo_model(sharded.model)
+            delivery = model._sharded_here if case.colocated else model.sharded
             assert delivery is not None
+            assert (model.sharded is None) == case.colocated  # there is nothing for a communicator
             assert not any(delivery.arriving.values())
             assert not any(delivery.row_shards.values())
             for kind in ("inputs", "losses"):
@@ -204,6 +206,20 @@ def test_lane_counts_that_do_not_divide_one_another():
         [
             make_case("3 -> 2, sp", {"dp": 3}, {"tp": 2, "dp": 2}, position="learned_absolute", **SP),
             make_case("3 -> 2, cp 2", {"dp": 3}, {"cp": 2, "dp": 2}),
+        ],
+    )
+
+
+def test_modules_on_the_same_ranks():
+    here = {"colocated": True}
+    check(
+        4,
+        [
+            make_case("to sp", {"dp": 4}, {"tp": 4}, **SP, **here),
+            make_case("to sp and cp 2", {"dp": 4}, {"tp": 2, "cp": 2}, "mean/mean", microbatches=3, **SP, **here),
+            make_case("tp 2 to cp 2", {"tp": 2, "dp": 2}, {"cp": 2, "dp": 2}, text_only=True, **here),
+            make_case("cp 2 to cp 2", {"cp": 2, "dp": 2}, {"cp": 2, "dp": 2}, frozen=("encoders",), **here),
+            make_case("two encoders", {"dp": 4}, {"tp": 2, "cp": 2}, audio={"tp": 2, "dp": 2}, **here),
         ],
     )
 
