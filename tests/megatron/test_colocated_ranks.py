@@ -6,6 +6,7 @@ ranks are replicas, and their context-parallel ranks take the loss of their part
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 from typing import Any
 
@@ -281,8 +282,10 @@ def late_rank(rank: int, world_size: int) -> str:
 
 def test_a_rank_that_does_not_come_is_named() -> None:
     text, _ = launch(late_rank, 2)
-    assert "bridge 'row counts of images -> language', rank 0: recv_forward of microbatch 0" in text
-    assert "from rank 1: nothing within 1" in text
+    # It has its own row counts without asking. Whether its send or its receive of rows notices first is open.
+    assert re.search(
+        r"bridge 'images -> language', rank 0: (send|recv)_forward of microbatch 0: .*rank 1: nothing", text
+    )
 
 
 def precision_rank(rank: int, world_size: int) -> None:
