@@ -97,6 +97,7 @@ def bad_arguments(rank: int, world_size: int) -> None:
         ({"ndim": 3, "batch_dim": 1, "seq_dim": 1}, ValueError, "two axes"),
         ({"device": "cuda"}, NotImplementedError, "device 'cuda' is not supported yet"),
         ({"max_in_flight": 0}, ValueError, "max_in_flight must be positive, got 0"),
+        ({"path": "fast"}, ValueError, "path: expected one of auto, pipelined, direct, leader, got 'fast'"),
         ({"max_chunks": 0}, ValueError, "max_chunks and min_chunk_bytes must be positive, got 0 and 65536"),
         ({"timeout": timedelta(0)}, ValueError, "timeout must be positive"),
         ({"shape": (3,)}, ValueError, r"expected a shape of 2 extents, got \(3,\)"),

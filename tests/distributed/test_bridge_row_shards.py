@@ -16,7 +16,7 @@ import mimo_ext
 from mimo_ext import Layout, RowShards
 
 RAGGED = (3, 0, 7, 1, 4, 2)
-CHUNKS = {"max_chunks": 3, "min_chunk_bytes": 8}
+CHUNKS = {"path": "pipelined", "max_chunks": 3, "min_chunk_bytes": 8}
 CASES = [
     Case({"ranks": range(2), "dp": 2}, {"ranks": range(2, 4), "tp": 2}, rows=RAGGED, name="fan-in to tp 2"),
     Case({"ranks": range(2), "tp": 2}, {"ranks": range(2, 6), "cp": 2, "dp": 2}, rows=RAGGED, name="fan-out to cp 2"),

@@ -8,7 +8,7 @@ from launch import launch
 import mimo_ext
 
 RAGGED = (3, 0, 7, 1, 4, 2)
-CHUNKS = {"max_chunks": 3, "min_chunk_bytes": 8}
+CHUNKS = {"path": "pipelined", "max_chunks": 3, "min_chunk_bytes": 8}
 CASES = [
     Case({"ranks": range(2), "dp": 2}, {"ranks": range(2, 4), "tp": 2}, name="fan-in"),
     Case({"ranks": range(2), "tp": 2}, {"ranks": range(2, 4), "dp": 2}, name="fan-out"),
@@ -99,6 +99,21 @@ CASES = [
         samples=130,
         rows=tuple(index % 4 for index in range(130)),
         name="row counts beyond the header",
+    ),
+    *(
+        Case(src, dst, rows=RAGGED, extra={"path": path}, name=f"{path}, {name}")
+        for path in ("pipelined", "direct", "leader")
+        for src, dst, name in (
+            ({"ranks": range(3), "dp": 3}, {"ranks": range(3, 7), "tp": 2, "dp": 2}, "ragged"),
+            ({"ranks": range(2), "tp": 2}, {"ranks": range(2, 8), "tp": 3, "cp": 2}, "cp copies"),
+            ({"ranks": range(4), "dp": 2, "tp": 2}, {"ranks": range(2, 6), "tp": 2, "cp": 2}, "overlapping"),
+        )
+    ),
+    *(
+        Case(
+            {"ranks": range(2), "dp": 2}, {"ranks": range(2, 6), "tp": 4}, static=True, extra={"path": path}, name=path
+        )
+        for path in ("pipelined", "direct", "leader")
     ),
 ]
 WORLD = 8

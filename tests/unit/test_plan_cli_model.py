@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from mimo_ext.layout import PATHS
 from mimo_ext.planning import Edge, EdgeError, Links, Phase, Transfer, leader_broadcast, parse_layout, planned, time_of
 from mimo_ext.planning import traffic as traffic_module
 from mimo_ext.planning.links import Load, loads_of
@@ -155,6 +156,22 @@ def test_large_parts_are_handed_on_in_chunks() -> None:
     # Where a message costs more than an eighth of the copies would, fewer chunks are faster.
     costly = replace(links, overhead=0.5e-6)
     assert planned(edge("tp=4", "tp=4", hidden=1 << 16, path="pipelined"), costly).chunks == 2
+
+
+@pytest.mark.parametrize("layout", ["tp=4 tp=4", "tp=8,dp=2 tp=8,cp=2", "dp=4 tp=4", "tp=4 tp=2,dp=2", "tp=2 tp=8"])
+def test_the_chosen_path_is_about_the_fastest_by_the_model_of_messages(layout: str) -> None:
+    """The choice is made by arithmetic alone; here every message of every path is put on its links."""
+    source, destination = layout.split()
+    links = Links(nic=1e9, host=8e9, latency=20e-6, overhead=10e-6, ranks_per_host=8)
+    taken = set()
+    for hidden in (8, 64, 512, 4096, 32768, 1 << 18):
+        case = edge(source, f"ranks=16-{15 + parse_layout(destination, 'd').size},{destination}", hidden=hidden)
+        for backward in (False, True):
+            chosen = planned(case, links, backward)
+            fastest = min(planned(replace(case, path=path), links, backward).seconds for path in PATHS[1:])
+            assert chosen.seconds <= 1.6 * fastest
+            taken.update(chosen.paths)
+    assert "direct" in taken
 
 
 # Any edge
