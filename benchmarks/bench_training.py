@@ -91,7 +91,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--batch", type=int, default=BATCH, help="numbers per step (default: %(default)s)")
     parser.add_argument("--microbatches", type=int, default=MICROBATCHES, help="default: %(default)s")
     parser.add_argument("--repeats", type=int, help="pairs of each measurement (default: 11, quick: 5)")
-    parser.add_argument("--timelines", type=Path, metavar="FOLDER", help="draw the last step of each method to FOLDER")
+    parser.add_argument("--timelines", type=Path, metavar="FOLDER", help="draw a step of each method to FOLDER")
     parser.add_argument(
         "--ignore-busy",
         action="store_true",
@@ -169,7 +169,7 @@ def measure(
         if attempt:
             time.sleep(PAUSE_S * attempt)  # what disturbs may end soon
         machine, mine = machine_usage(), process_usage()
-        ranks = pool.call(training.run, setting, repeats, timeout=120 + 60 * repeats)
+        ranks = pool.call(training.run, setting, repeats, timelines is not None, timeout=120 + 60 * repeats)
         ours = [process_usage() - mine, *(rank.usage for rank in ranks)]
         busy = other_share(machine_usage() - machine, ours)
         if ignore_busy or busy <= BUSY_LIMIT:
@@ -242,13 +242,13 @@ def check_losses(case: Case, ranks: Sequence[Measured]) -> None:
 
 
 def draw(case: Case, ranks: Sequence[Measured], folder: Path) -> None:
-    """The last step of every method."""
+    """A step of every method."""
     from mimo_ext import timeline
 
-    for method, steps in ranks[0].steps.items():
-        step = [rank.steps[method][len(steps) - 1] for rank in ranks]
+    for method in ranks[0].shown:
         title = f"{method}, {case.family}, {case.layout}"
-        timeline.draw(step, folder / f"{case.family}-{case.short_layout}-{method}.png", title)
+        file = folder / f"{case.family}-{case.short_layout}-{method}.png"
+        timeline.draw([rank.shown[method] for rank in ranks], file, title)
 
 
 if __name__ == "__main__":

@@ -73,12 +73,14 @@ class Measured:
     Attributes:
         losses: by method, the mean loss of each step of a short training from the same weights.
         steps: by method, a recording of every timed step.
+        shown: by method, a step that was not timed, with the transfers where the communicator tells of them.
         bytes: of the boundary tensor of a microbatch, all lanes together, on average.
         usage: processor time of this rank.
     """
 
     losses: dict[str, list[float]] = field(default_factory=dict)
     steps: dict[str, list[RankTimeline]] = field(default_factory=dict)
+    shown: dict[str, RankTimeline] = field(default_factory=dict)
     bytes: int = 0
     usage: busy.Usage = field(default_factory=lambda: busy.Usage(0.0, 0.0))
 
@@ -170,8 +172,15 @@ def trainer_of(setting: Setting) -> Iterator[tuple[Trainer, dict[str, Any]]]:
         ours.close()
 
 
-def run(rank: int, meet: Any, setting: Setting, repeats: int) -> Measured:
-    """Collective over all ranks of the cluster, which are the ranks of the layout."""
+def run(rank: int, meet: Any, setting: Setting, repeats: int, show: bool = False) -> Measured:
+    """Collective over all ranks of the cluster, which are the ranks of the layout.
+
+    Args:
+        rank, meet: as the pool of ranks gives them.
+        setting: what is trained.
+        repeats: timed steps of each method.
+        show: whether a step of each method is recorded for a picture.
+    """
     measured = Measured()
     before = busy.process_usage()
     with trainer_of(setting) as (trainer, communicators):
@@ -205,10 +214,25 @@ def run(rank: int, meet: Any, setting: Setting, repeats: int) -> Measured:
                 _forget_row_counts(trainer)
                 if repeat:  # the first one warms up
                     measured.steps[method].append(found)
+        for method in methods if show else ():
+            measured.shown[method] = _shown_step(trainer, use(method), meet, repeats)
         measured.bytes = _boundary_bytes(trainer, range(1, repeats + 1))
         meet.wait()
     measured.usage = busy.process_usage() - before
     return measured
+
+
+def _shown_step(trainer: Trainer, watch: Watch, meet: Any, step: int) -> RankTimeline:
+    """Ours tells when transfers began and ended; of the released communicator only its calls are seen."""
+    communicator = trainer.communicator
+    traces = hasattr(communicator, "start_trace")
+    meet.wait()
+    (communicator.start_trace if traces else watch.start)()
+    trainer.gradients(step)
+    trainer.update()
+    found: RankTimeline = (communicator.finish_trace if traces else watch.finish)()
+    _forget_row_counts(trainer)
+    return found
 
 
 def _short_training(trainer: Trainer) -> list[float]:
