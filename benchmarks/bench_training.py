@@ -164,7 +164,17 @@ def measure(
     """One case; again, where other work was busy."""
     import training
 
-    setting = training.Setting(case.layout, case.batch, case.microbatches)
+    from mimo_ext.planning.links import Links
+
+    rates = RATES[case.family]
+    links = Links(
+        nic=rates.nic_bytes_per_s,
+        host=rates.nvl_bytes_per_s,
+        latency=30e-6,
+        overhead=20e-6,
+        ranks_per_host=len(case.hosts[0]),
+    )
+    setting = training.Setting(case.layout, case.batch, case.microbatches, links)
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(PAUSE_S * attempt)  # what disturbs may end soon

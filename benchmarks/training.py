@@ -28,6 +28,7 @@ from vlm_digits.trainer import AXES, Recipe, Trainer
 
 from mimo_ext.megatron import cpu
 from mimo_ext.megatron.trace import ScheduleRecorder
+from mimo_ext.planning.links import Links
 from mimo_ext.timeline import RankTimeline, Span
 
 TIMEOUT = timedelta(seconds=60)
@@ -59,11 +60,13 @@ class Setting:
         layout: of the example, e.g. "images: tp=2; language: tp=2".
         batch: numbers per step.
         microbatches: parts of a batch.
+        links: what our bridge is told of them; None: its default.
     """
 
     layout: str
     batch: int
     microbatches: int
+    links: Links | None = None
 
 
 @dataclass
@@ -159,7 +162,9 @@ def trainer_of(setting: Setting) -> Iterator[tuple[Trainer, dict[str, Any]]]:
     quiet()
     recipe = Recipe(steps=1000, batch=setting.batch, microbatches=setting.microbatches)
     with cpu(), released.on_gloo(TIMEOUT):
-        trainer = Trainer(parse_layout(setting.layout), Numbers(recipe.seed), recipe, timeout=TIMEOUT)
+        trainer = Trainer(
+            parse_layout(setting.layout), Numbers(recipe.seed), recipe, timeout=TIMEOUT, links=setting.links
+        )
         ours = trainer.communicator
         theirs = MultiModulePipelineCommunicator(
             trainer.infra.module_to_grid_map,

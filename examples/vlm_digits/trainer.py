@@ -34,6 +34,7 @@ from mimo_ext.megatron.parallel_utils import (
     zero_grad_buffer_for_multimodule,
 )
 from mimo_ext.megatron.provider import MimoModelProvider
+from mimo_ext.planning.links import Links
 
 from .data import MAX_DIGITS, PAD, SEQUENCE_LENGTH, TOKENS_PER_IMAGE, TRAIN, NumberBatch, Numbers, as_text
 from .layout import VlmLayout, check_batch
@@ -92,6 +93,7 @@ class Trainer:
         load: called with the rank's MimoModel before it is wrapped, to replace its initial weights.
         timeout: how long a transfer may take before the bridge raises.
         overlap: let transfers between modules on ranks of their own run while the ranks compute.
+        links: between the modules, for the bridge's choice of how replicas come by their copies; default: its own.
         extra_warmup: with `overlap`: microbatches that each stage computes ahead of the next one, beyond those of 1F1B.
     """
 
@@ -104,6 +106,7 @@ class Trainer:
         timeout: timedelta = timedelta(seconds=60),
         overlap: bool = True,
         extra_warmup: int = 0,
+        links: Links | None = None,
     ) -> None:
         self.layout, self.numbers, self.recipe = layout, numbers, recipe
         self.overlap, self.extra_warmup = overlap, extra_warmup
@@ -131,6 +134,7 @@ class Trainer:
                 timeout=timeout,
                 device="cpu",
                 model=self.model,
+                links=links,
             )
         self.pg_collection = build_pg_collection_for_schedule(self.infra)
         self.module_to_grid = get_module_to_grid_tuple(self.model, self.infra)

@@ -18,6 +18,7 @@ from mimo_ext import Bridge, BridgeError, Layout
 from mimo_ext._setup import Setup, refuse_bridge
 from mimo_ext.megatron.adapters import SPLIT_SIZES_ATTRIBUTE, is_single_shape
 from mimo_ext.megatron.topology import DEFAULT_DIM_MAPPING, GridShape, check_dim_mapping
+from mimo_ext.planning.links import Links
 
 __all__ = ["BridgeCommunicator", "CommRole", "RankCommInfo", "default_device"]
 
@@ -51,6 +52,7 @@ class BridgeCommunicator(_MegatronBridge):
         device: where received tensors live; default the current CUDA device if the default group is NCCL's, else the
             CPU.
         max_in_flight: microbatches per direction that are sent but not yet received; a further send waits.
+        path, links: as of `Bridge`: how the replicas of a lane come by their copies.
         setup: as of `Bridge`: set it up together with others.
 
     Attributes:
@@ -91,6 +93,8 @@ class BridgeCommunicator(_MegatronBridge):
         timeout: timedelta | None = None,
         device: torch.device | str | None = None,
         max_in_flight: int | None = None,
+        path: str | None = None,
+        links: Links | None = None,
         setup: Setup | None = None,
     ) -> None:
         self.src_grid, self.dest_grid = src_grid, dest_grid
@@ -113,9 +117,8 @@ class BridgeCommunicator(_MegatronBridge):
                 refuse_bridge(name, error)  # the others are told: they would wait for this rank
             kind = type(error) if type(error) in (TypeError, ValueError) else ValueError
             raise kind(f"bridge '{name}', rank {self.current_rank}: {error}") from error
-        options.update({"timeout": timeout} if timeout is not None else {})
-        options.update({"max_in_flight": max_in_flight} if max_in_flight is not None else {})
-        options.update({"setup": setup} if setup is not None else {})
+        given = {"timeout": timeout, "max_in_flight": max_in_flight, "path": path, "links": links, "setup": setup}
+        options.update({key: value for key, value in given.items() if value is not None})
         # Gradients may come first, or alone: Megatron's class allows both.
         options["unpaired_backward"] = True
         self.bridge = Bridge(*self._layouts, ndim=tensor_ndim, dtype=self.comm_dtype, name=name, **options)

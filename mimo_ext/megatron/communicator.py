@@ -41,6 +41,7 @@ from mimo_ext.megatron.topology import (
     count_stages,
     warn_of_assumed_axes,
 )
+from mimo_ext.planning.links import Links
 
 __all__ = [
     "BridgeCommunicator",
@@ -102,6 +103,8 @@ class MultiModulePipelineCommunicator(PipelineHooks, _MegatronCommunicator):
         sharded_delivery: False: whole tensors also to a language model whose ranks use a part each. None: as the model
             says (its argument of this name), if its encoders' outputs have two dimensions; without `model`, the one
             that was built with this very `config` (``get_model_config(model)``). True: raise where that is not so.
+        path, links: as of `Bridge`: how the ranks of a lane that hold the same come by their copies between modules,
+            and what links "auto" chooses that for.
 
     Raises:
         ValueError, TypeError: arguments that cannot work; rank, module, expected and got are named.
@@ -120,6 +123,8 @@ class MultiModulePipelineCommunicator(PipelineHooks, _MegatronCommunicator):
         device: torch.device | str | None = None,
         model: torch.nn.Module | None = None,
         sharded_delivery: bool | None = None,
+        path: str | None = None,
+        links: Links | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise RuntimeError("expected an initialised default process group (torch.distributed.init_process_group)")
@@ -130,6 +135,7 @@ class MultiModulePipelineCommunicator(PipelineHooks, _MegatronCommunicator):
         self.module_output_ndim = module_output_ndim or {}
         self.current_rank = dist.get_rank()
         self.timeout = timeout
+        self._path, self._link_model = path, links
         self.device = torch.device(device) if device is not None else default_device()
         self.bridge_comms: list[BridgeCommunicator] = []
         self.rank_module_map: dict[str, RankModuleInfo] = {}
@@ -212,6 +218,8 @@ class MultiModulePipelineCommunicator(PipelineHooks, _MegatronCommunicator):
                     source,
                     destination,
                     self._output_ndim(source),
+                    path=self._path,
+                    links=self._link_model,
                     **self._bridge_options(),
                 )
                 self.bridge_comms.append(edge)

@@ -17,6 +17,7 @@ from pipeline_model import Case, grid
 
 from mimo_ext import timeline
 from mimo_ext.megatron.communicator import MultiModulePipelineCommunicator
+from mimo_ext.planning.links import Links
 
 UNEQUAL = CASES[2]  # images of three stages (0-2) and audio (3), both feeding a language model of two (4-5)
 # What each rank sends and receives, forward; gradients take the same ways back.
@@ -162,8 +163,39 @@ def test_a_closed_communicator_tells_nothing() -> None:
 
 def closed(rank: int, world_size: int) -> bool:
     communicator = make(TWO_RANKS)
+    dist.barrier()  # the other rank may still be connecting
     communicator.close()
     for name in ("telemetry", "start_trace", "finish_trace"):
         with pytest.raises(RuntimeError, match=f"rank {rank}: {name} on a closed"):
             getattr(communicator, name)()
     return True
+
+
+def chosen_paths(rank: int, world_size: int) -> list[tuple[int, int]]:
+    case = Case(
+        "replicas",
+        {"images": grid(0, tp=2), "language": grid(2, tp=2)},
+        {"images": ["language"], "language": []},
+        {"images": [[400]]},
+    )
+    found = []
+    slow = Links(nic=1e6, host=1e9, latency=1e-6, overhead=1e-6, ranks_per_host=2)
+    for options in ({"path": "leader"}, {"path": "direct"}, {"links": slow}):
+        with MultiModulePipelineCommunicator(
+            case.grids, case.topology, pm.CONFIG, pm.AXES, {"images": 2}, **options
+        ) as c:
+            result = pm.train_rank(c, case, rank)
+            pm.check_rank(case, rank, result)
+            # What this rank has moved tells the path.
+            found.append(c.telemetry()["images -> language"]["forward"])
+    return [(int(f["bytes_sent"]), int(f["bytes_received"])) for f in found]
+
+
+def test_the_path_to_replicas_can_be_given() -> None:
+    whole = 400 * pm.HIDDEN * 8
+    found = launch(chosen_paths, 4)
+    # One receives all and forwards it; both receive all from the source; each receives a half and forwards it.
+    sources = [sum(found[rank][option][0] for rank in (0, 1)) for option in range(3)]
+    assert sources == [whole, 2 * whole, whole]
+    replicas = [sorted(found[rank][option] for rank in (2, 3)) for option in range(3)]
+    assert replicas == [[(0, whole), (whole, whole)], [(0, whole)] * 2, [(whole // 2, whole)] * 2]
