@@ -125,6 +125,7 @@ class Channel {
   /// Both sides must have dealt the rows that they share in the same way.
   void check_row_shards(const ReceiveJob& job, const core::Microbatch& microbatch) const;
   void post_payload(ReceiveJob& job, const core::Microbatch& microbatch, std::vector<int> without_gradient);
+  void post_receives(ReceiveJob& job);
   void receive_payload(ReceiveJob& job, const std::function<void()>& poll);
   void deliver(ReceiveJob& job, at::Tensor tensor, std::shared_ptr<const core::Microbatch> microbatch);
   LocalItem take_local(std::int64_t sequence, const std::function<void()>& poll);

@@ -3,6 +3,7 @@
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "comm/channel_jobs.h"
 
@@ -165,8 +166,27 @@ void Channel::post_payload(ReceiveJob& job, const core::Microbatch& microbatch, 
           post(false, slots.tensor(index), transfer.index, transfer.peer, kind, recv_name(), job.sequence);
     }
   };
-  post_all(job.program->receives, incoming.receives, kPayloadTag);
+  post_receives(job);
   post_all(job.program->lane_receives, incoming.lane_receives, kLaneTag);
+}
+
+void Channel::post_receives(ReceiveJob& job) {
+  // With headers every sender is known to have begun. Where many send to many, each connection takes what it gets of
+  // the links; a few messages at a time, from other senders in each receiver's turn, share them better.
+  constexpr std::int64_t kWindowBytes = std::int64_t{1} << 20;
+  const std::int64_t window = config_.fixed || !job.program->takes_turns
+                                  ? std::numeric_limits<std::int64_t>::max()
+                                  : kWindowBytes / job.program->microbatch->element_size;
+  ReceiveProgram::Incoming& incoming = *job.incoming;
+  const std::vector<Transfer>& transfers = job.program->receives;
+  for (; incoming.posted < transfers.size() && incoming.volume < window; ++incoming.posted) {
+    const Transfer& transfer = transfers[incoming.posted];
+    if (transfer.local || incoming.skips(transfer.sender_lane)) continue;
+    incoming.receives.aim(incoming.posted, incoming.result);
+    incoming.receives[incoming.posted].request = post(false, incoming.receives.tensor(incoming.posted), transfer.index,
+                                                      transfer.peer, kPayloadTag, recv_name(), job.sequence);
+    incoming.volume += transfer.volume;
+  }
 }
 
 void Channel::run_receive(ReceiveJob& job, const std::function<void()>& poll) {
@@ -216,7 +236,10 @@ void Channel::receive_payload(ReceiveJob& job, const std::function<void()>& poll
       continue;
     }
     for (; receives < stage.last_receive; ++receives) {
+      if (!incoming.receives[receives].request) continue;
       wait(incoming.receives[receives].request, "payload from", program.receives[receives].peer);
+      incoming.volume -= program.receives[receives].volume;
+      post_receives(job);
     }
     // Contributions are added in a fixed order, whatever the order of arrival: results are reproducible.
     for (std::size_t place = stage.first_receive; place < stage.last_receive; ++place) {

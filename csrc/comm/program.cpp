@@ -48,6 +48,15 @@ void seal(Transfer& transfer, const std::vector<core::Box>& boxes, bool sending,
   }
 }
 
+/// In order of their first messages.
+std::vector<int> peers_of(const std::vector<Transfer>& transfers) {
+  std::vector<int> peers;
+  for (const Transfer& transfer : transfers) {
+    if (std::find(peers.begin(), peers.end(), transfer.peer) == peers.end()) peers.push_back(transfer.peer);
+  }
+  return peers;
+}
+
 std::int64_t bytes_of(const std::vector<Transfer>& transfers, int element_size) {
   std::int64_t volume = 0;
   for (const Transfer& transfer : transfers) volume += transfer.local ? 0 : transfer.volume;
@@ -181,6 +190,21 @@ ReceiveProgram::ReceiveProgram(const BridgeConfig& config, const Transport& tran
   // Messages of two ranks belong to one stage, or come in the order of the stages already.
   std::stable_sort(receives.begin(), receives.end(), by_stage);
   std::stable_sort(lane_sends.begin(), lane_sends.end(), by_stage);
+
+  // Senders that serve several receivers each: every receiver begins with another one, or all would share one card and
+  // then the next. Not where the order counts: for replicas, which forward by stages, and for contributions.
+  const std::vector<int> peers = peers_of(receives);
+  const bool adds = std::any_of(receives.begin(), receives.end(), [](const Transfer& t) { return t.contribution > 0; });
+  takes_turns = peers.size() > 1 && !adds && lane_sends.empty() && lane_receives.empty();
+  if (takes_turns) {
+    const auto turn = static_cast<std::size_t>(place.first + place.second);
+    const auto turned = [&](const Transfer& transfer) {
+      const auto index = static_cast<std::size_t>(std::find(peers.begin(), peers.end(), transfer.peer) - peers.begin());
+      return (index + turn) % peers.size();
+    };
+    std::stable_sort(receives.begin(), receives.end(),
+                     [&](const Transfer& a, const Transfer& b) { return turned(a) < turned(b); });
+  }
   std::size_t send = 0;
   for (std::size_t begin = 0; begin < receives.size();) {
     Stage& stage = stages.emplace_back();
@@ -190,7 +214,7 @@ ReceiveProgram::ReceiveProgram(const BridgeConfig& config, const Transport& tran
     while (begin < receives.size() && stage_of(receives[begin]) == key) ++begin;
     stage.last_receive = begin;
     stage.first_send = send;
-    while (send < lane_sends.size() && stage_of(lane_sends[send]) <= key) ++send;
+    while (send < lane_sends.size() && stage_of(lane_sends[send]) == key) ++send;
     stage.last_send = send;
   }
   unpack_order.resize(receives.size());
@@ -225,6 +249,8 @@ void ReceiveProgram::give(std::unique_ptr<Incoming> incoming) {
   incoming->without_gradient.clear();
   incoming->local.clear();
   incoming->progress = {};
+  incoming->posted = 0;
+  incoming->volume = 0;
   pool_.give(std::move(incoming));
 }
 

@@ -136,6 +136,8 @@ class ReceiveProgram {
     std::vector<int> without_gradient;      ///< sender lanes that have none
     std::vector<at::Tensor> local;          ///< what this rank sent to itself, in the order of its transfers
     std::array<std::size_t, 4> progress{};  ///< stages, receives, lane receives, lane sends that are complete
+    std::size_t posted = 0;                 ///< receives
+    std::int64_t volume = 0;                ///< of those that are posted and not complete
     bool skips(int sender_lane) const;
   };
   std::unique_ptr<Incoming> take();
@@ -149,6 +151,7 @@ class ReceiveProgram {
   std::vector<Transfer> lane_sends;       ///< by stage
   std::vector<Transfer> lane_receives;
   std::vector<Stage> stages;
+  bool takes_turns = false;         ///< its senders serve several receivers each: a few messages at a time
   std::int64_t bytes_received = 0;  ///< from others
   std::int64_t bytes_forwarded = 0;
 

@@ -43,6 +43,10 @@ Exchange::Exchange(const Sides& sides, const Microbatch& microbatch, const Overl
   load_ = load_of(received.front());
   times_ = times_of(load_, options);
   path_ = options.path == Path::kAuto ? times_.best() : options.path;
+  // One leader is as good as all replicas only where the other lanes' leaders have as much to do.
+  const bool chosen = options.path == Path::kAuto && path_ == Path::kLeader;
+  const bool alone = load_.sender_lanes > 1 && load_.group == load_.replicas;
+  if (chosen && alone && times_.leader_chunks > 1) path_ = Path::kPipelined;
 
   const Spread spread_sent(from_, overlap.sender_lane, overlap, microbatch, sent_shards);
   for (Held& held : held_) {
@@ -77,6 +81,7 @@ PathLoad Exchange::load_of(const Replicas& received) const {
   load.sender_shards = from_.lane_size() / (load.senders * load.contributions);
   load.replicas = static_cast<int>(received.members.size());
   load.receiver_shards = to_.lane_size() / load.replicas;
+  load.group = group_of(load.replicas).second;
   const auto [first_receiver, last_receiver] = lanes_met(overlap_.sender_lane, from_.num_lanes(), to_.num_lanes());
   const auto [first_sender, last_sender] = lanes_met(overlap_.receiver_lane, to_.num_lanes(), from_.num_lanes());
   load.receiver_lanes = last_receiver - first_receiver;
@@ -130,6 +135,16 @@ void Exchange::keep_own(std::vector<Replicas> received, const Spread& spread) {
   }
 }
 
+std::pair<int, int> Exchange::group_of(int replicas) const {
+  const auto [first, last] = lanes_met(overlap_.receiver_lane, to_.num_lanes(), from_.num_lanes());
+  const int lanes = last - first;
+  // Lanes that send more than others want all receivers; ranks that keep their own are no equals of the others.
+  const bool equal = from_.num_lanes() % to_.num_lanes() == 0 && !microbatch_.ragged() &&
+                     microbatch_.samples % from_.num_lanes() == 0 && !any_own_;
+  if (!equal || (replicas % lanes != 0 && lanes % replicas != 0)) return {0, replicas};
+  return {(overlap_.sender_lane - first) * replicas / lanes, std::max(1, replicas / lanes)};
+}
+
 int Exchange::leader_of(const std::vector<int>& members) const {
   const auto [first, last] = lanes_met(overlap_.receiver_lane, to_.num_lanes(), from_.num_lanes());
   const std::size_t count = members.size();
@@ -150,20 +165,21 @@ void Exchange::deliver(int target, const Spread& spread) {
     for (int member : members) add_pieces(member, kNobody, 0, spread(lacking, lacking.box));
     return;
   }
-  if (path_ == Path::kLeader) {
-    add_pieces(leader_of(members), target, 0, spread(lacking, lacking.box));
-    return;
-  }
-  const std::vector<Box> parts = cut(lacking.box, static_cast<int>(members.size()));
-  for (std::size_t part = 0; part < parts.size(); ++part) {
-    const std::int64_t bytes = parts[part].volume() * microbatch_.element_size;
-    if (bytes == 0) continue;
-    const int chunks = members.size() < 2 ? 1 : std::min(times_.chunks, options_.chunking.chunks_of(bytes));
-    const std::vector<Box> boxes = cut(parts[part], chunks);
+  const auto deliver_part = [&](int member, const Box& part, int most) {
+    const std::int64_t bytes = part.volume() * microbatch_.element_size;
+    if (bytes == 0) return;
+    const int chunks = members.size() < 2 ? 1 : std::min(most, options_.chunking.chunks_of(bytes));
+    const std::vector<Box> boxes = cut(part, chunks);
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const Box& box = boxes[static_cast<std::size_t>(chunk)];
-      if (box.volume() > 0) add_pieces(members[part], target, chunk, spread(lacking, box));
+      if (box.volume() > 0) add_pieces(member, target, chunk, spread(lacking, box));
     }
+  };
+  if (path_ == Path::kLeader) return deliver_part(leader_of(members), lacking.box, times_.leader_chunks);
+  const auto [begin, count] = group_of(static_cast<int>(members.size()));
+  const std::vector<Box> parts = cut(lacking.box, count);
+  for (std::size_t part = 0; part < parts.size(); ++part) {
+    deliver_part(members[static_cast<std::size_t>(begin) + part], parts[part], times_.chunks);
   }
 }
 

@@ -57,6 +57,8 @@ class Exchange {
   void keep_own(std::vector<Replicas> received, const Spread& spread);
   void deliver(int target, const Spread& spread);
   void add_pieces(int member, int target, int chunk, const std::vector<Placed>& placed);
+  /// Which of `replicas` replicas take what is pipelined from this sender lane: the first, and their number.
+  std::pair<int, int> group_of(int replicas) const;
   int leader_of(const std::vector<int>& members) const;
   /// The only sender of what a receiver is sent by these replicas; kNobody where they share the work.
   int sender_for(int receiver, const std::vector<int>& senders) const;

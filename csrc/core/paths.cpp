@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <tuple>
+#include <utility>
 
 namespace mimo_ext::core {
 
@@ -18,6 +20,20 @@ std::int64_t nanos(std::int64_t bytes, std::int64_t speed) {
   constexpr std::int64_t kExact = std::int64_t{1} << 43;  // bytes that cannot overflow below
   const std::int64_t per_milli = std::max<std::int64_t>(1, speed / 1000);
   return bytes < kExact ? bytes * kNanosPerMilli / per_milli : bytes / per_milli * kNanosPerMilli;
+}
+
+/// The number of chunks of a part of `bytes` that is forwarded, and the time that `in_chunks` gives it.
+template <typename Time>
+std::pair<int, std::int64_t> best_chunks(std::int64_t bytes, const PlanOptions& options, const Time& in_chunks) {
+  int chunks = options.chunking.chunks_of(bytes);
+  std::int64_t least = in_chunks(chunks);
+  for (int fewer = chunks / 2; options.links && fewer > 0; fewer /= 2) {
+    if (const std::int64_t nanoseconds = in_chunks(fewer); nanoseconds < least) {
+      least = nanoseconds;
+      chunks = fewer;
+    }
+  }
+  return {chunks, least};
 }
 
 }  // namespace
@@ -120,36 +136,39 @@ PathTimes times_of(const PathLoad& load, const PlanOptions& options) {
     const std::int64_t bytes = std::max(led * load.contributions * of_shard, sent * request);
     const std::int64_t copied = led * (replicas - 1);
     const std::int64_t copies = replicas > 1 ? copied + load.sender_lanes - load.sender_lanes / replicas : 0;
-    const std::int64_t near_bytes = std::max(led * (replicas - 1 - far), replicas > 1 ? std::int64_t{load.sender_lanes} : 0);
-    const std::int64_t wire = nanos(bytes, first_link) + std::max(nanos(near_bytes * of_shard, links.host),
-                                                                  nanos(led * far * of_shard, links.nic));
-    times.leader = time(wire, std::max(received + copies, sent), replicas > 1 ? 2 : 1);
+    const std::int64_t near_bytes =
+        std::max(led * (replicas - 1 - far), replicas > 1 ? std::int64_t{load.sender_lanes} : 0);
+    const std::int64_t first = nanos(bytes, first_link);
+    const std::int64_t then =
+        std::max(nanos(near_bytes * of_shard, links.host), nanos(led * far * of_shard, links.nic));
+    const auto in_chunks = [&](std::int64_t chunks) {
+      const std::int64_t wire = std::max(first, then) + std::min(first, then) / chunks;
+      return time(wire, chunks * std::max(received + copies, sent), replicas > 1 ? 2 : 1);
+    };
+    std::tie(times.leader_chunks, times.leader) = best_chunks(replicas > 1 ? of_shard : 0, options, in_chunks);
   }
   {
-    const std::int64_t parts = load.receiver_shards * replicas;
+    const std::int64_t group = load.group > 0 ? load.group : replicas;
+    const std::int64_t lanes_taken = ceil_div(load.sender_lanes * group, replicas);  // by each replica
+    const std::int64_t incoming_parts = lanes_taken * load.contributions;
+    const std::int64_t parts = load.receiver_shards * group;
     const std::int64_t sender_parts = std::int64_t{load.sender_shards} * load.senders;
     const std::int64_t part = ceil_div(load.bytes, parts);
-    const std::int64_t bytes = std::max(incoming * part, load.receiver_lanes * ceil_div(load.bytes, sender_parts));
+    const std::int64_t bytes =
+        std::max(incoming_parts * part, load.receiver_lanes * ceil_div(load.bytes, sender_parts));
     // Each chunk is forwarded to all other replicas, while theirs come in.
-    const std::int64_t copies = load.sender_lanes * (replicas - 1);
+    const std::int64_t copies = lanes_taken * (replicas - 1);
     const std::int64_t first = nanos(bytes, first_link);
-    const std::int64_t near_copies = nanos(load.sender_lanes * (replicas - 1 - far) * part, links.host);
-    const std::int64_t far_copies = nanos(load.sender_lanes * far * part, links.nic);
+    const std::int64_t near_copies = nanos(lanes_taken * (replicas - 1 - far) * part, links.host);
+    const std::int64_t far_copies = nanos(lanes_taken * far * part, links.nic);
     const auto in_chunks = [&](std::int64_t chunks) {
-      const std::int64_t received = incoming * std::max(chunks, ceil_div(sender_parts, parts));
+      const std::int64_t received = incoming_parts * std::max(chunks, ceil_div(sender_parts, parts));
       const std::int64_t sent = load.receiver_lanes * std::max<std::int64_t>(1, ceil_div(chunks * parts, sender_parts));
       const std::int64_t wire =
           std::max(first + far_copies, near_copies) + std::min(first, near_copies + far_copies) / chunks;
       return time(wire, std::max(received + 2 * copies * chunks, sent), replicas > 1 ? 2 : 1);
     };
-    times.chunks = replicas > 1 ? options.chunking.chunks_of(part) : 1;
-    times.pipelined = in_chunks(times.chunks);
-    for (int fewer = times.chunks / 2; options.links && fewer > 0; fewer /= 2) {
-      if (const std::int64_t nanoseconds = in_chunks(fewer); nanoseconds < times.pipelined) {
-        times.pipelined = nanoseconds;
-        times.chunks = fewer;
-      }
-    }
+    std::tie(times.chunks, times.pipelined) = best_chunks(replicas > 1 ? part : 0, options, in_chunks);
   }
   return times;
 }

@@ -74,6 +74,9 @@ struct PathLoad {
   int sender_lanes = 1;     ///< that this receiver lane meets
   int far_replicas = 0;     ///< of a receiver, on other hosts
   bool same_host = false;   ///< both lanes are on one host
+  /// Of the replicas that share what one sender lane sends: all of them, or where equal overlaps come from several
+  /// lanes, as many as each lane can have for itself. One sender then serves one receiver.
+  int group = 0;  ///< 0: all of them
 };
 
 /// Modelled nanoseconds until every overlap of the two lanes has arrived, were all like this one, by path.
@@ -81,7 +84,8 @@ struct PathTimes {
   std::int64_t pipelined = 0;
   std::int64_t leader = 0;
   std::int64_t direct = 0;
-  int chunks = 1;  ///< of each part that is pipelined
+  int chunks = 1;         ///< of each part that is pipelined
+  int leader_chunks = 1;  ///< of what a leader forwards
 
   std::int64_t of(Path path) const;
   /// The fastest; of equals the one that is named first above.

@@ -92,12 +92,12 @@ TEST(Header, RowsThatOverflowAreRefused) {
 
 TEST(Header, OtherVersionsAreNamed) {
   Header::Words words = sample().encode();
-  words[1] = 2;
+  words[1] = 3;
   try {
     Header::decode(words);
     FAIL();
   } catch (const std::invalid_argument& error) {
-    EXPECT_NE(std::string(error.what()).find("format version 2, expected 1"), std::string::npos);
+    EXPECT_NE(std::string(error.what()).find("format version 3, expected 2"), std::string::npos);
   }
 }
 

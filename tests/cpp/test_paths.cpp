@@ -166,8 +166,9 @@ TEST(PathModel, IsExactIntegerArithmetic) {
   load.senders = load.replicas = 4;
   const PathTimes times = times_of(load, {});
   EXPECT_EQ(times.direct, 1048576 + 20'000 + 30'000);
-  // One message, then three more from the leader; each replica's link takes what the leader's three copies leave.
-  EXPECT_EQ(times.leader, 1048576 + 3 * 262144 + (1 + 3 + 1) * 20'000 + 2 * 30'000);
+  // Eight chunks: each one message, then three more from the leader, which take less time than what comes in; the
+  // copies of the last chunk are left.
+  EXPECT_EQ(times.leader, 1048576 + 3 * 262144 / 8 + 8 * (1 + 3 + 1) * 20'000 + 2 * 30'000);
   // Four chunks of 64 KiB, 3 * 256 KiB of copies: 4 received, 12 forwarded, 12 more received.
   EXPECT_EQ(times.pipelined, 262144 + 196608 / 4 + (4 + 24) * 20'000 + 2 * 30'000);
   EXPECT_EQ(times.best(), Path::kPipelined);

@@ -172,18 +172,33 @@ TEST(Plan, FanIn) {
   EXPECT_EQ(plan.receiver_shape(0, 0), (std::array<std::int64_t, 3>{8, 8, 1}));
   EXPECT_EQ(plan.sender_shape(1, 0), (std::array<std::int64_t, 3>{4, 8, 1}));
   const RankPlan sender = plan.for_rank(1);
+  // Equal lanes have a receiver each.
+  ASSERT_EQ(sender.sends.size(), 1U);
+  EXPECT_EQ(sender.sends[0].receiver, 3);
+  EXPECT_EQ(sender.sends[0].send_box, (Box{{0, 0, 0}, {4, 8, 1}}));
+  EXPECT_EQ(sender.sends[0].recv_box, (Box{{4, 0, 0}, {4, 8, 1}}));
+  const RankPlan receiver = plan.for_rank(3);
+  ASSERT_EQ(receiver.receives.size(), 1U);
+  EXPECT_EQ(receiver.receives[0], sender.sends[0]);
+  ASSERT_EQ(receiver.lane_sends.size(), 1U);
+  EXPECT_EQ(receiver.lane_sends[0].receiver, 2);
+  EXPECT_EQ(receiver.lane_receives.size(), 1U);
+  EXPECT_TRUE(plan.for_rank(7).sends.empty());
+}
+
+TEST(Plan, UnequalLanesAreSharedByAllReceivers) {
+  const Plan plan(kTwoLanes, kOneLane, ragged({3, 1, 2, 6}, 8), Direction::kForward, kPipelined);
+  const RankPlan sender = plan.for_rank(1);
   ASSERT_EQ(sender.sends.size(), 2U);
   EXPECT_EQ(sender.sends[0].receiver, 2);
-  EXPECT_EQ(sender.sends[0].send_box, (Box{{0, 0, 0}, {2, 8, 1}}));
-  EXPECT_EQ(sender.sends[0].recv_box, (Box{{4, 0, 0}, {2, 8, 1}}));
+  EXPECT_EQ(sender.sends[0].send_box, (Box{{0, 0, 0}, {4, 8, 1}}));
+  EXPECT_EQ(sender.sends[0].recv_box, (Box{{4, 0, 0}, {4, 8, 1}}));
   EXPECT_EQ(sender.sends[1].receiver, 3);
   const RankPlan receiver = plan.for_rank(3);
   ASSERT_EQ(receiver.receives.size(), 2U);
   EXPECT_EQ(receiver.receives[1], sender.sends[1]);
-  ASSERT_EQ(receiver.lane_sends.size(), 2U);
-  EXPECT_EQ(receiver.lane_sends[0].receiver, 2);
+  EXPECT_EQ(receiver.lane_sends.size(), 2U);
   EXPECT_EQ(receiver.lane_receives.size(), 2U);
-  EXPECT_TRUE(plan.for_rank(7).sends.empty());
 }
 
 TEST(Plan, RaggedRowsFollowTheSamples) {
@@ -278,9 +293,10 @@ TEST(Plan, MessagesGrowWithTheLaneNotWithTheWorld) {
   }
   const Plan plan(side("images", sources, 8), side("language", destinations, 8, 4), flat(8192, 256, 64),
                   Direction::kForward, kPipelined);
-  EXPECT_EQ(plan.for_rank(65535).sends.size(), 4U);
-  EXPECT_EQ(plan.for_rank(131071).receives.size(), 4U);
-  EXPECT_EQ(plan.for_rank(131071).lane_receives.size(), 4U * 31U);
+  // Four lanes of eight for 32 replicas: one message each.
+  EXPECT_EQ(plan.for_rank(65535).sends.size(), 1U);
+  EXPECT_EQ(plan.for_rank(131071).receives.size(), 1U);
+  EXPECT_EQ(plan.for_rank(131071).lane_receives.size(), 31U);
 }
 
 TEST(Plan, RefusesWhatDoesNotFit) {
@@ -340,7 +356,7 @@ TEST(PlanText, IsATableThatPeopleCanRead) {
   const std::string text = plan.to_string(64);
   EXPECT_NE(text.find("Plan forward: images -> language"), std::string::npos);
   EXPECT_NE(text.find("sender   tp=1 cp=1, 2 lanes: [0] [1]"), std::string::npos);
-  EXPECT_NE(text.find("[0:2, 0:8] -> [4:6, 0:8]"), std::string::npos);
+  EXPECT_NE(text.find("[0:4, 0:8] -> [4:8, 0:8]"), std::string::npos);
   const std::string first_lines = plan.to_string(2);
   EXPECT_NE(first_lines.find("more messages are not shown"), std::string::npos);
   EXPECT_LT(first_lines.size(), text.size());
