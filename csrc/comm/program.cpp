@@ -57,6 +57,15 @@ std::vector<int> peers_of(const std::vector<Transfer>& transfers) {
   return peers;
 }
 
+/// How far behind this rank, at `place` of its side, the receiver of `transfer` is. Were all ranks to send in the same
+/// order, all would send to one, then to the next.
+int distance(const core::Boundary& receiver, const Transfer& transfer, std::pair<int, int> place) {
+  const int ranks = receiver.num_lanes() * receiver.lane_size();
+  const auto [lane, member] = receiver.find(transfer.peer);
+  const int mine = place.first * receiver.lane_size() + place.second;
+  return ((lane * receiver.lane_size() + member - mine) % ranks + ranks) % ranks;
+}
+
 std::int64_t bytes_of(const std::vector<Transfer>& transfers, int element_size) {
   std::int64_t volume = 0;
   for (const Transfer& transfer : transfers) volume += transfer.local ? 0 : transfer.volume;
@@ -167,6 +176,10 @@ SendProgram::SendProgram(const BridgeConfig& config, const Transport& transport,
   shape = shape_of(plan.sender_shape(place.first, place.second), config.ndim);
   const core::RankPlan mine = plan.for_rank(transport.rank(), true, false);
   transfers = transfers_of(mine.sends, true, shape, of.element_size, transport);
+  std::stable_sort(transfers.begin(), transfers.end(), [&](const Transfer& a, const Transfer& b) {
+    return std::pair(a.chunk, distance(plan.receiver(), a, place)) <
+           std::pair(b.chunk, distance(plan.receiver(), b, place));
+  });
   bytes = bytes_of(transfers, of.element_size);
 }
 
@@ -189,7 +202,10 @@ ReceiveProgram::ReceiveProgram(const BridgeConfig& config, const Transport& tran
   const auto by_stage = [&](const Transfer& a, const Transfer& b) { return stage_of(a) < stage_of(b); };
   // Messages of two ranks belong to one stage, or come in the order of the stages already.
   std::stable_sort(receives.begin(), receives.end(), by_stage);
-  std::stable_sort(lane_sends.begin(), lane_sends.end(), by_stage);
+  std::stable_sort(lane_sends.begin(), lane_sends.end(), [&](const Transfer& a, const Transfer& b) {
+    return std::pair(stage_of(a), distance(plan.receiver(), a, place)) <
+           std::pair(stage_of(b), distance(plan.receiver(), b, place));
+  });
 
   // Senders that serve several receivers each: every receiver begins with another one, or all would share one card and
   // then the next. Not where the order counts: for replicas, which forward by stages, and for contributions.
