@@ -120,6 +120,10 @@ PathTimes times_of(const PathLoad& load, const PlanOptions& options) {
   const auto time = [&links](std::int64_t wire, std::int64_t messages, std::int64_t rounds) {
     return wire + links.overhead_ns * messages + links.latency_ns * rounds;
   };
+  // While one chunk is on the wire, the messages of the others are dealt with.
+  const auto hidden = [&links](std::int64_t wire, std::int64_t messages, std::int64_t chunks) {
+    return std::min(wire, links.overhead_ns * messages) / chunks * (chunks - 1);
+  };
   PathTimes times;
 
   {
@@ -143,7 +147,8 @@ PathTimes times_of(const PathLoad& load, const PlanOptions& options) {
         std::max(nanos(near_bytes * of_shard, links.host), nanos(led * far * of_shard, links.nic));
     const auto in_chunks = [&](std::int64_t chunks) {
       const std::int64_t wire = std::max(first, then) + std::min(first, then) / chunks;
-      return time(wire, chunks * std::max(received + copies, sent), replicas > 1 ? 2 : 1);
+      const std::int64_t messages = chunks * std::max(received + copies, sent);
+      return time(wire, messages, replicas > 1 ? 2 : 1) - hidden(std::max(first, then), messages, chunks);
     };
     std::tie(times.leader_chunks, times.leader) = best_chunks(replicas > 1 ? of_shard : 0, options, in_chunks);
   }
@@ -166,7 +171,8 @@ PathTimes times_of(const PathLoad& load, const PlanOptions& options) {
       const std::int64_t sent = load.receiver_lanes * std::max<std::int64_t>(1, ceil_div(chunks * parts, sender_parts));
       const std::int64_t wire =
           std::max(first + far_copies, near_copies) + std::min(first, near_copies + far_copies) / chunks;
-      return time(wire, std::max(received + 2 * copies * chunks, sent), replicas > 1 ? 2 : 1);
+      const std::int64_t messages = std::max(received + 2 * copies * chunks, sent);
+      return time(wire, messages, replicas > 1 ? 2 : 1) - hidden(std::max(first, near_copies), messages, chunks);
     };
     std::tie(times.chunks, times.pipelined) = best_chunks(replicas > 1 ? part : 0, options, in_chunks);
   }

@@ -153,8 +153,8 @@ def test_large_parts_are_handed_on_in_chunks() -> None:
     overheads = 1e-9 * 8, 1e-9 * 8 * 3
     expected = sending + overheads[0] + (copying + overheads[1]) / 8 + 2 * 5e-6
     assert large.seconds == pytest.approx(expected)
-    # Where a message costs more than an eighth of the copies would, fewer chunks are faster.
-    costly = replace(links, overhead=0.5e-6)
+    # Where messages cost more than the wire hides, fewer chunks are faster.
+    costly = replace(links, overhead=2e-6)
     assert planned(edge("tp=4", "tp=4", hidden=1 << 16, path="pipelined"), costly).chunks == 2
 
 
