@@ -75,9 +75,11 @@ def test_a_seed_gives_the_same_training_on_shared_ranks_as_on_ranks_of_their_own
             shares[lanes[receiver]] += share
         assert shares == [1 / len(shares)] * len(shares)
         assert {sender for (_, sender), (_, receiver), _, _ in sent if sender == receiver}
-    copies = {(sender, receiver) for sender, receiver, _, copy in fan_in["transfers"] if copy}
-    assert copies == {(("language", a), ("language", b)) for a, b in ((0, 1), (1, 0), (2, 3), (3, 2))}
-    assert not any(copy for _, _, _, copy in fan_out["transfers"])
+    # What is on a rank already, or as small as this, goes to every rank by itself: no rank forwards anything.
+    for shared in (fan_in, fan_out):
+        assert not any(copy for _, _, _, copy in shared["transfers"])
+    pairs = {(sender, receiver) for (_, sender), (_, receiver), _, _ in fan_in["transfers"]}
+    assert pairs == {(a, b) for lane in ((0, 1), (2, 3)) for a in lane for b in lane}
 
 
 def test_the_picture_shows_each_module_on_its_ranks(tmp_path: Path) -> None:
