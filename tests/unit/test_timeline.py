@@ -295,4 +295,4 @@ def test_recording_imports_neither_matplotlib_nor_megatron() -> None:
         "t.Recorder('images').finish()\n"
         "assert not {'matplotlib', 'megatron'} & set(sys.modules), sorted(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    subprocess.run([sys.executable, "-P", "-c", program], check=True)
