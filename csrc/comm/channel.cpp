@@ -147,28 +147,26 @@ Request Channel::post(bool sending, std::vector<at::Tensor>& tensor, int index, 
   }
 }
 
-std::shared_ptr<SendProgram> Channel::send_program(const core::Microbatch& microbatch) {
+template <typename Program>
+std::shared_ptr<Program> Channel::program_for(const core::Microbatch& microbatch, std::pair<int, int> place,
+                                              std::vector<std::shared_ptr<Program>>& programs) {
   {
     const std::lock_guard lock(programs_mutex_);
-    if (auto program = find(send_programs_, microbatch, config_.fixed.has_value())) return program;
+    if (auto program = find(programs, microbatch, config_.fixed.has_value())) return program;
   }
-  auto program = std::make_shared<SendProgram>(config_, transport_, config_.fixed.value_or(microbatch), direction_,
-                                               std::pair(sender_lane_, sender_member_));
+  // Outside the lock: to plan takes a while.
+  auto program = std::make_shared<Program>(config_, transport_, config_.fixed.value_or(microbatch), direction_, place);
   const std::lock_guard lock(programs_mutex_);
-  keep(send_programs_, program);
+  keep(programs, program);
   return program;
 }
 
+std::shared_ptr<SendProgram> Channel::send_program(const core::Microbatch& microbatch) {
+  return program_for(microbatch, {sender_lane_, sender_member_}, send_programs_);
+}
+
 std::shared_ptr<ReceiveProgram> Channel::receive_program(const core::Microbatch& microbatch) {
-  {
-    const std::lock_guard lock(programs_mutex_);
-    if (auto program = find(receive_programs_, microbatch, config_.fixed.has_value())) return program;
-  }
-  auto program = std::make_shared<ReceiveProgram>(config_, transport_, config_.fixed.value_or(microbatch), direction_,
-                                                  std::pair(receiver_lane_, receiver_member_));
-  const std::lock_guard lock(programs_mutex_);
-  keep(receive_programs_, program);
-  return program;
+  return program_for(microbatch, {receiver_lane_, receiver_member_}, receive_programs_);
 }
 
 std::shared_ptr<Delivery> Channel::new_delivery(bool is_send, std::int64_t sequence) {

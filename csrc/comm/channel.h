@@ -126,6 +126,8 @@ class Channel {
   void check_row_shards(const ReceiveJob& job, const core::Microbatch& microbatch) const;
   void post_payload(ReceiveJob& job, const core::Microbatch& microbatch, std::vector<int> without_gradient);
   void post_receives(ReceiveJob& job);
+  /// Posts the receive of one transfer; false where none comes over the wire.
+  bool post_part(ReceiveJob& job, const Transfer& transfer, Slots& slots, std::size_t index, int kind);
   void receive_payload(ReceiveJob& job, const std::function<void()>& poll);
   void deliver(ReceiveJob& job, at::Tensor tensor, std::shared_ptr<const core::Microbatch> microbatch);
   LocalItem take_local(std::int64_t sequence, const std::function<void()>& poll);
@@ -139,6 +141,9 @@ class Channel {
   const char* send_name() const;
   const char* recv_name() const;
   int tag(int kind) const;
+  template <typename Program>
+  std::shared_ptr<Program> program_for(const core::Microbatch& microbatch, std::pair<int, int> place,
+                                       std::vector<std::shared_ptr<Program>>& programs);
   std::shared_ptr<Delivery> new_delivery(bool is_send, std::int64_t sequence);
 
   const BridgeConfig& config_;

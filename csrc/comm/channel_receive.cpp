@@ -21,7 +21,6 @@ std::unique_ptr<Channel::ReceiveJob> Channel::post_receive(Expected expected) {
   job->has_local = false;
   job->times = {};
   job->times.posted = Times::now();
-  job->times.started = 0;
   job->delivery = new_delivery(false, job->sequence);
   try {
     if (config_.fixed) {
@@ -157,17 +156,18 @@ void Channel::post_payload(ReceiveJob& job, const core::Microbatch& microbatch, 
   const auto options = at::TensorOptions().dtype(config_.dtype);
   incoming.result = incoming.without_gradient.empty() ? at::empty(job.program->shape, options)
                                                       : at::zeros(job.program->shape, options);
-  const auto post_all = [&](const std::vector<Transfer>& transfers, Slots& slots, int kind) {
-    for (std::size_t index = 0; index < transfers.size(); ++index) {
-      const Transfer& transfer = transfers[index];
-      if (transfer.local || incoming.skips(transfer.sender_lane)) continue;
-      slots.aim(index, incoming.result);
-      slots[index].request =
-          post(false, slots.tensor(index), transfer.index, transfer.peer, kind, recv_name(), job.sequence);
-    }
-  };
   post_receives(job);
-  post_all(job.program->lane_receives, incoming.lane_receives, kLaneTag);
+  for (std::size_t index = 0; index < job.program->lane_receives.size(); ++index) {
+    post_part(job, job.program->lane_receives[index], incoming.lane_receives, index, kLaneTag);
+  }
+}
+
+bool Channel::post_part(ReceiveJob& job, const Transfer& transfer, Slots& slots, std::size_t index, int kind) {
+  if (transfer.local || job.incoming->skips(transfer.sender_lane)) return false;
+  slots.aim(index, job.incoming->result);
+  slots[index].request =
+      post(false, slots.tensor(index), transfer.index, transfer.peer, kind, recv_name(), job.sequence);
+  return true;
 }
 
 void Channel::post_receives(ReceiveJob& job) {
@@ -181,11 +181,7 @@ void Channel::post_receives(ReceiveJob& job) {
   const std::vector<Transfer>& transfers = job.program->receives;
   for (; incoming.posted < transfers.size() && incoming.volume < window; ++incoming.posted) {
     const Transfer& transfer = transfers[incoming.posted];
-    if (transfer.local || incoming.skips(transfer.sender_lane)) continue;
-    incoming.receives.aim(incoming.posted, incoming.result);
-    incoming.receives[incoming.posted].request = post(false, incoming.receives.tensor(incoming.posted), transfer.index,
-                                                      transfer.peer, kPayloadTag, recv_name(), job.sequence);
-    incoming.volume += transfer.volume;
+    if (post_part(job, transfer, incoming.receives, incoming.posted, kPayloadTag)) incoming.volume += transfer.volume;
   }
 }
 

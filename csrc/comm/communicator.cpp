@@ -111,7 +111,7 @@ core::Microbatch Communicator::microbatch_of_activation(const at::Tensor& x,
     if (row_shards) throw std::invalid_argument("row_shards differ from microbatch to microbatch: not with shape=");
     return {};  // the channel knows
   }
-  const auto [lane, member] = config_.source.find(rank_);
+  const auto [lane, member] = config_.sides->find_source(rank_);
   return describe_microbatch(config_, x, lane, member, row_counts, num_samples, row_shards);
 }
 
@@ -202,7 +202,7 @@ core::Microbatch Communicator::microbatch_of_gradient(const at::Tensor& gradient
   constexpr const char* kOperation = "send_backward";
   if (received_.empty() && config_.unpaired_backward) {
     if (config_.fixed) return *config_.fixed;
-    const auto [lane, member] = config_.destination.find(rank_);
+    const auto [lane, member] = config_.sides->find_destination(rank_);
     try {
       return describe_unpaired_gradient(config_, gradient, lane, member);
     } catch (const std::invalid_argument& error) {

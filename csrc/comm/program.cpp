@@ -61,9 +61,11 @@ std::vector<int> peers_of(const std::vector<Transfer>& transfers) {
 /// order, all would send to one, then to the next.
 int distance(const core::Boundary& receiver, const Transfer& transfer, std::pair<int, int> place) {
   const int ranks = receiver.num_lanes() * receiver.lane_size();
-  const auto [lane, member] = receiver.find(transfer.peer);
+  const auto& lane = receiver.lanes[static_cast<std::size_t>(transfer.receiver_lane)];
+  const auto member = static_cast<int>(std::find(lane.begin(), lane.end(), transfer.peer) - lane.begin());
+  const int theirs = transfer.receiver_lane * receiver.lane_size() + member;
   const int mine = place.first * receiver.lane_size() + place.second;
-  return ((lane * receiver.lane_size() + member - mine) % ranks + ranks) % ranks;
+  return ((theirs - mine) % ranks + ranks) % ranks;
 }
 
 std::int64_t bytes_of(const std::vector<Transfer>& transfers, int element_size) {
@@ -263,7 +265,6 @@ void ReceiveProgram::give(std::unique_ptr<Incoming> incoming) {
   incoming->lane_sends.release();
   incoming->lane_receives.release();
   incoming->without_gradient.clear();
-  incoming->local.clear();
   incoming->progress = {};
   incoming->posted = 0;
   incoming->volume = 0;

@@ -134,7 +134,6 @@ class ReceiveProgram {
     Slots lane_sends;
     Slots lane_receives;
     std::vector<int> without_gradient;      ///< sender lanes that have none
-    std::vector<at::Tensor> local;          ///< what this rank sent to itself, in the order of its transfers
     std::array<std::size_t, 4> progress{};  ///< stages, receives, lane receives, lane sends that are complete
     std::size_t posted = 0;                 ///< receives
     std::int64_t volume = 0;                ///< of those that are posted and not complete

@@ -46,9 +46,4 @@ void Waiter::abort() {
   if (current_ != nullptr) current_->interrupt();
 }
 
-bool Waiter::aborted() const {
-  const std::lock_guard lock(mutex_);
-  return aborted_;
-}
-
 }  // namespace mimo_ext::comm

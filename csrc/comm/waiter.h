@@ -25,10 +25,9 @@ class Waiter {
   void nudge();
   /// From any thread: the wait that is under way, and all later ones, fail.
   void abort();
-  bool aborted() const;
 
  private:
-  mutable std::mutex mutex_;
+  std::mutex mutex_;
   Request* current_ = nullptr;
   bool aborted_ = false;
 };
