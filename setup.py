@@ -40,6 +40,7 @@ SOURCES = [
     "csrc/ops/cpu/pack_kernel.cpp",
     "csrc/ops/cpu/rescale_kernel.cpp",
     "csrc/comm/errors.cpp",
+    "csrc/comm/flight.cpp",
     "csrc/comm/header.cpp",
     "csrc/comm/leftovers.cpp",
     "csrc/comm/c10d_transport.cpp",

@@ -16,6 +16,7 @@ from ._extension import _C
 from ._groups import Groups
 from ._leftovers import finish_leftovers_at_exit
 from ._setup import Setup, ranks_of, refuse_bridge
+from .flight import watch
 from .layout import PATHS, Layout, Plan
 from .row_shards import RowShards
 
@@ -135,6 +136,8 @@ class Bridge:
         self.dtype, self.ndim = dtype, ndim
         self._communicator: _C.Communicator | None = None
         self._groups: Groups | None = None
+        self._flight: dict[str, Any] = {}
+        self._flight_note: str | None = None
         if not dist.is_initialized():
             raise RuntimeError(f"bridge '{self.name}': torch.distributed is not initialized")
         self.rank = dist.get_rank()
@@ -219,6 +222,7 @@ class Bridge:
             **self._options,
         )
         self._open = self._communicator
+        watch(self, digest_of(text))
         # Where close() was forgotten: what has been sent still arrives, and no thread outlives the interpreter.
         finish_leftovers_at_exit()
         self._finalizer = weakref.finalize(self, self._communicator.leave)
@@ -444,6 +448,21 @@ class Bridge:
         waited for.
         """
         return self._open.trace_events()
+
+    def flight(self) -> dict[str, Any]:
+        """The flight recorder: the last 256 operations of this bridge on this rank. Always on; see `mimo_ext.flight`.
+
+        A dict of `entries`, the oldest first, and `caller`. Each entry is a dict of `id` (counts from 1), `operation`
+        ("send_forward", ...), `microbatch`, `bytes` (payload; 0 while it is not known), `state`, `waits_for` ("header
+        from", "payload from", "lane copy to", ... or None), `peer` (the rank, or None), `posted_ns` and `since_ns`
+        (when it began to wait for that, or ended) on the clock of `time.monotonic_ns`. States: "posted" (nobody waits
+        for it yet), "header", "receiving", "sending", "done" and "failed".
+
+        `caller` is None unless a call is under way: a dict of `operation`, `microbatch` (None where the call waits for
+        several) and `since_ns`. A "send_..." stands for a handle that is waited for, or (microbatch None) for a send
+        while as many microbatches as may be are in flight.
+        """
+        return self._open.flight()
 
     def _check_tensor(self, x: Any, operation: str) -> None:
         if not isinstance(x, torch.Tensor):

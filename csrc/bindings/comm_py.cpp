@@ -4,6 +4,8 @@
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <array>
+
 #include "bindings/bindings.h"
 #include "comm/c10d_transport.h"
 #include "comm/communicator.h"
@@ -74,12 +76,15 @@ py::dict counters_of(Communicator& communicator, bool forward) {
   return found;
 }
 
+std::string operation_name(bool is_send, bool is_forward) {
+  return std::string(is_send ? "send" : "recv") + (is_forward ? "_forward" : "_backward");
+}
+
 py::list events_of(Communicator& communicator) {
   py::list events;
   for (const comm::Event& event : communicator.trace().events()) {
-    const std::string side = event.is_send ? "send" : "recv";
     py::dict entry;
-    entry["operation"] = side + (event.is_forward ? "_forward" : "_backward");
+    entry["operation"] = operation_name(event.is_send, event.is_forward);
     entry["microbatch"] = event.microbatch;
     entry["bytes"] = event.bytes;
     entry["posted_ns"] = event.times.posted;
@@ -90,6 +95,72 @@ py::list events_of(Communicator& communicator) {
     events.append(entry);
   }
   return events;
+}
+
+/// The flight recorder: {"entries": [...], "caller": what blocks the caller, or None}.
+py::dict flight_of(const Communicator& communicator) {
+  static constexpr std::array<const char*, 3> kStates{"", "done", "failed"};
+  py::list entries;
+  for (const comm::FlightEntry& entry : communicator.flight().entries()) {
+    const char* waits_for = comm::text_of(entry.phase);
+    const bool running = entry.outcome == comm::FlightOutcome::kRunning;
+    const bool header = entry.phase == comm::FlightPhase::kHeader || entry.phase == comm::FlightPhase::kRowCounts;
+    const char* state = waits_for == nullptr ? "posted" : header ? "header" : entry.is_send ? "sending" : "receiving";
+    py::dict found;
+    found["id"] = entry.id;
+    found["operation"] = operation_name(entry.is_send, entry.is_forward);
+    found["microbatch"] = entry.microbatch;
+    found["bytes"] = entry.bytes;
+    found["state"] = running ? state : kStates[static_cast<std::size_t>(entry.outcome)];
+    found["waits_for"] = waits_for == nullptr ? py::object(py::none()) : py::str(waits_for);
+    found["peer"] = entry.peer < 0 ? py::object(py::none()) : py::int_(entry.peer);
+    found["posted_ns"] = entry.posted;
+    found["since_ns"] = entry.since;
+    entries.append(found);
+  }
+  using In = comm::FlightCaller::In;
+  const comm::FlightCaller caller = communicator.flight().caller();
+  py::object blocked = py::none();
+  if (caller.in != In::kNothing) {
+    const bool whole = caller.in == In::kClose;
+    py::dict found;
+    found["operation"] = whole ? "close" : operation_name(caller.in != In::kReceive, caller.is_forward);
+    // Where all room is taken no microbatch is waited for in particular.
+    const bool one = caller.in == In::kReceive || caller.in == In::kSend;
+    found["microbatch"] = one ? py::object(py::int_(caller.microbatch)) : py::none();
+    found["since_ns"] = caller.since;
+    blocked = found;
+  }
+  py::dict result;
+  result["entries"] = entries;
+  result["caller"] = blocked;
+  return result;
+}
+
+/// Calls `operation`. The error of a failed transfer gets a note of mimo_ext.flight: what this bridge did last.
+template <typename Operation>
+auto noted(Communicator& communicator, const Operation& operation) {
+  const auto raise = [&](const comm::BridgeError& error, const char* type) {
+    const py::gil_scoped_acquire gil;
+    const py::object raised = py::module_::import("mimo_ext._C").attr(type)(error.what());
+    try {
+      py::module_::import("mimo_ext.flight").attr("explain")(communicator.shared_from_this(), raised);
+    } catch (const py::error_already_set&) {
+      // The error itself is what matters.
+    }
+    PyErr_SetObject(py::type::of(raised).ptr(), raised.ptr());
+    throw py::error_already_set();
+  };
+  try {
+    return operation();
+  } catch (const comm::BridgeTimeoutError& error) {
+    raise(error, "BridgeTimeoutError");
+  } catch (const comm::BridgeError& error) {
+    // Others are told by what they say: called on the wrong rank, after close().
+    if (communicator.closed() || !communicator.failed()) throw;
+    raise(error, "BridgeError");
+  }
+  throw std::logic_error("not reached");
 }
 
 }  // namespace
@@ -121,38 +192,47 @@ void register_comm(py::module_& m) {
           "send_forward",
           [](Communicator& c, const at::Tensor& x, const std::optional<std::vector<std::int64_t>>& row_counts,
              std::optional<std::int64_t> num_samples, std::shared_ptr<core::RowShards> row_shards, bool want_delivery) {
-            return c.send_forward(x, row_counts, num_samples, std::move(row_shards), want_delivery);
+            return noted(
+                c, [&] { return c.send_forward(x, row_counts, num_samples, std::move(row_shards), want_delivery); });
           },
           Release(), py::arg("x"), py::arg("row_counts") = py::none(), py::arg("num_samples") = py::none(),
           py::arg("row_shards") = nullptr, py::arg("want_delivery") = false)
       .def(
           "send_backward",
           [](Communicator& c, const std::optional<at::Tensor>& gradient, bool want_delivery) {
-            return c.send_backward(gradient.value_or(at::Tensor()), want_delivery);
+            return noted(c, [&] { return c.send_backward(gradient.value_or(at::Tensor()), want_delivery); });
           },
           Release(), py::arg("gradient").none(true), py::arg("want_delivery") = false)
       .def(
           "irecv_forward",
           [](Communicator& c, std::shared_ptr<core::RowShards> row_shards, bool waits_soon) {
-            return c.irecv_forward(std::move(row_shards), waits_soon);
+            return noted(c, [&] { return c.irecv_forward(std::move(row_shards), waits_soon); });
           },
           Release(), py::arg("row_shards") = nullptr, py::arg("waits_soon") = false)
-      .def("irecv_backward", &Communicator::irecv_backward, Release(), py::arg("waits_soon") = false)
+      .def(
+          "irecv_backward",
+          [](Communicator& c, bool waits_soon) { return noted(c, [&] { return c.irecv_backward(waits_soon); }); },
+          Release(), py::arg("waits_soon") = false)
       .def(
           "recv_forward",
           [](Communicator& c, std::shared_ptr<core::RowShards> row_shards) {
-            return optional_tensor(c.recv_forward(std::move(row_shards)));
+            return optional_tensor(noted(c, [&] { return c.recv_forward(std::move(row_shards)); }));
           },
           Release(), py::arg("row_shards") = nullptr)
       .def(
-          "recv_backward", [](Communicator& c) { return optional_tensor(c.recv_backward()); }, Release())
+          "recv_backward", [](Communicator& c) { return optional_tensor(noted(c, [&] { return c.recv_backward(); })); },
+          Release())
       .def(
-          "wait", [](Communicator& c, Delivery& delivery) { return optional_tensor(c.wait(delivery)); }, Release(),
-          py::arg("delivery"))
+          "wait",
+          [](Communicator& c, Delivery& delivery) {
+            return optional_tensor(noted(c, [&] { return c.wait(delivery); }));
+          },
+          Release(), py::arg("delivery"))
       .def("counters", &counters_of, py::arg("forward"))
       .def(
           "start_trace", [](Communicator& c, std::size_t capacity) { c.trace().start(capacity); }, py::arg("capacity"))
       .def("trace_events", &events_of)
+      .def("flight", &flight_of)
       .def("close", &Communicator::close, Release(), py::arg("abort") = false)
       .def("leave", &Communicator::leave, Release());
 

@@ -29,12 +29,13 @@ void keep(std::vector<std::shared_ptr<Program>>& programs, const std::shared_ptr
 }  // namespace
 
 Channel::Channel(const BridgeConfig& config, Transport& transport, Failure& failure, Counters& counters, Trace& trace,
-                 core::Direction direction)
+                 FlightRecorder& flight, core::Direction direction)
     : config_(config),
       transport_(transport),
       failure_(failure),
       counters_(counters),
       trace_(trace),
+      flight_(flight),
       direction_(direction),
       sender_(direction == core::Direction::kForward ? config.source : config.destination),
       receiver_(direction == core::Direction::kForward ? config.destination : config.source) {
@@ -117,17 +118,19 @@ std::string Channel::where(const char* operation, std::int64_t sequence) const {
          " of microbatch " + std::to_string(sequence);
 }
 
-void Channel::wait_for(Waiter& waiter, Request& request, const char* what, int peer, const char* operation,
-                       std::int64_t sequence, const std::function<void()>& poll) const {
+void Channel::wait_for(Waiter& waiter, Request& request, FlightPhase phase, int peer, std::uint64_t id,
+                       const char* operation, std::int64_t sequence, const std::function<void()>& poll) const {
+  const auto began = std::chrono::steady_clock::now();
+  flight_.update(id, phase, peer, began.time_since_epoch().count());
   try {
-    waiter.wait(request, config_.timeout, poll);
+    waiter.wait(request, began, config_.timeout, poll);
     request.reset();
   } catch (const TransportError& error) {
     failure_.check();  // aborted because of an earlier failure: that one is told
     if (&waiter == &receive_waiter_ && receives_aborted_) {
       throw BridgeError(where(operation, sequence) + ": the bridge was dropped");
     }
-    const std::string head = where(operation, sequence) + ": " + what + " rank " + std::to_string(peer);
+    const std::string head = where(operation, sequence) + ": " + text_of(phase) + " rank " + std::to_string(peer);
     if (error.timed_out()) {
       throw BridgeTimeoutError(head + ": nothing within " +
                                std::to_string(static_cast<double>(config_.timeout.count()) / 1000.0).substr(0, 6) +

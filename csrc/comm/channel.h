@@ -23,6 +23,7 @@
 #include "comm/delivery.h"
 #include "comm/errors.h"
 #include "comm/fifo.h"
+#include "comm/flight.h"
 #include "comm/header.h"
 #include "comm/program.h"
 #include "comm/telemetry.h"
@@ -37,7 +38,7 @@ namespace mimo_ext::comm {
 class Channel {
  public:
   Channel(const BridgeConfig& config, Transport& transport, Failure& failure, Counters& counters, Trace& trace,
-          core::Direction direction);
+          FlightRecorder& flight, core::Direction direction);
   ~Channel();
 
   bool is_sender() const { return sender_lane_ >= 0; }
@@ -135,7 +136,8 @@ class Channel {
   /// Posts a message; an error of the transport is told as a BridgeError that names the peer.
   Request post(bool sending, std::vector<at::Tensor>& tensor, int index, int peer, int kind, const char* operation,
                std::int64_t sequence) const;
-  void wait_for(Waiter& waiter, Request& request, const char* what, int peer, const char* operation,
+  /// Of operation `id` of the flight recorder.
+  void wait_for(Waiter& waiter, Request& request, FlightPhase phase, int peer, std::uint64_t id, const char* operation,
                 std::int64_t sequence, const std::function<void()>& poll) const;
   std::string where(const char* operation, std::int64_t sequence) const;
   const char* send_name() const;
@@ -151,6 +153,7 @@ class Channel {
   Failure& failure_;
   Counters& counters_;
   Trace& trace_;
+  FlightRecorder& flight_;
   const core::Direction direction_;
   const core::Boundary& sender_;
   const core::Boundary& receiver_;

@@ -31,7 +31,9 @@ void Channel::receive_headers(ReceiveJob& job, const std::function<void()>& poll
       continue;
     }
     HeaderSlot& slot = job.headers[index];
-    if (slot.request) wait_for(receive_waiter_, slot.request, "header from", peer, recv_name(), job.sequence, poll);
+    if (slot.request) {
+      wait_for(receive_waiter_, slot.request, FlightPhase::kHeader, peer, job.flight, recv_name(), job.sequence, poll);
+    }
     Header::Words words{};
     std::copy_n(slot.tensor.front().data_ptr<std::int64_t>(), Header::kWords, words.begin());
     Header header;
@@ -44,7 +46,8 @@ void Channel::receive_headers(ReceiveJob& job, const std::function<void()>& poll
           counts.request =
               post(false, counts.tensor, header_senders_[index].index, peer, kRowsTag, recv_name(), job.sequence);
         }
-        wait_for(receive_waiter_, counts.request, "row counts from", peer, recv_name(), job.sequence, poll);
+        wait_for(receive_waiter_, counts.request, FlightPhase::kRowCounts, peer, job.flight, recv_name(), job.sequence,
+                 poll);
         const std::int64_t* data = counts.tensor.front().data_ptr<std::int64_t>();
         header.set_extension({data, data + header.num_rows});
         counts.tensor.clear();

@@ -24,6 +24,7 @@ struct HeaderSlot {
 
 struct Channel::SendJob {
   std::int64_t sequence = 0;
+  std::uint64_t flight = 0;  ///< its entry in the flight recorder
   std::shared_ptr<SendProgram> program;
   std::unique_ptr<Slots> payload;      ///< null where there is no gradient
   std::vector<at::Tensor> words;       ///< encoded headers, one per lane of the receiver
@@ -35,6 +36,7 @@ struct Channel::SendJob {
 
 struct Channel::ReceiveJob {
   std::int64_t sequence = 0;
+  std::uint64_t flight = 0;  ///< its entry in the flight recorder
   Expected expected;
   bool expects_backward = true;
   std::vector<HeaderSlot> headers;  ///< one per sender lane; no request where the sender is this rank

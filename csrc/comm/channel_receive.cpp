@@ -21,6 +21,7 @@ std::unique_ptr<Channel::ReceiveJob> Channel::post_receive(Expected expected) {
   job->has_local = false;
   job->times = {};
   job->times.posted = Times::now();
+  job->flight = flight_.record(false, direction_ == core::Direction::kForward, job->sequence, 0, job->times.posted);
   job->delivery = new_delivery(false, job->sequence);
   try {
     if (config_.fixed) {
@@ -42,6 +43,7 @@ std::unique_ptr<Channel::ReceiveJob> Channel::post_receive(Expected expected) {
       }
     }
   } catch (const BridgeError&) {
+    flight_.retire(job->flight, true, Times::now());
     failure_.set(std::current_exception());
     failure_.check();
   }
@@ -102,6 +104,8 @@ std::shared_ptr<Delivery> Channel::recv(Expected expected, bool waits_soon) {
 std::shared_ptr<Delivery> Channel::recv_now(Expected expected, const std::function<void()>& poll,
                                             const std::function<void(const std::shared_ptr<Delivery>&)>& posted) {
   auto job = post_receive(std::move(expected));
+  const FlightRecorder::Blocked blocked(flight_, FlightCaller::In::kReceive, direction_ == core::Direction::kForward,
+                                        job->sequence, job->times.posted);
   auto delivery = job->delivery;
   posted(delivery);
   {
@@ -151,6 +155,7 @@ void Channel::end_receive(std::unique_ptr<ReceiveJob> job) {
 void Channel::post_payload(ReceiveJob& job, const core::Microbatch& microbatch, std::vector<int> without_gradient) {
   job.program = receive_program(microbatch);
   job.incoming = job.program->take();
+  flight_.set_bytes(job.flight, job.program->bytes_received);
   ReceiveProgram::Incoming& incoming = *job.incoming;
   incoming.without_gradient = std::move(without_gradient);
   const auto options = at::TensorOptions().dtype(config_.dtype);
@@ -196,8 +201,10 @@ void Channel::run_receive(ReceiveJob& job, const std::function<void()>& poll) {
   } catch (const BridgeError&) {
     // What was dropped is no failure: the sends go on.
     const auto error = std::current_exception();
+    flight_.retire(job.flight, true, Times::now());
     job.delivery->set_error(receives_aborted_ && !failure_.failed() ? error : failure_.set(error));
   } catch (const std::exception& error) {
+    flight_.retire(job.flight, true, Times::now());
     const auto named = std::make_exception_ptr(BridgeError(where(recv_name(), job.sequence) + ": " + error.what()));
     job.delivery->set_error(failure_.set(named));
   }
@@ -205,6 +212,7 @@ void Channel::run_receive(ReceiveJob& job, const std::function<void()>& poll) {
 
 void Channel::receive(ReceiveJob& job, const std::function<void()>& poll) {
   if (meets_itself_ && !job.has_local) {
+    flight_.update(job.flight, FlightPhase::kItself, transport_.rank(), Times::now());
     job.local = take_local(job.sequence, poll);
     job.has_local = true;
   }
@@ -221,8 +229,8 @@ void Channel::receive_payload(ReceiveJob& job, const std::function<void()>& poll
   const ReceiveProgram& program = *job.program;
   ReceiveProgram::Incoming& incoming = *job.incoming;
   auto& [stages, receives, lane_receives, lane_sends] = incoming.progress;
-  const auto wait = [&](Request& request, const char* what, int peer) {
-    if (request) wait_for(receive_waiter_, request, what, peer, recv_name(), job.sequence, poll);
+  const auto wait = [&](Request& request, FlightPhase phase, int peer) {
+    if (request) wait_for(receive_waiter_, request, phase, peer, job.flight, recv_name(), job.sequence, poll);
   };
   // What has arrived is forwarded to the replicas while the next lane's chunk, or the next chunk, is still on the wire.
   for (; stages < program.stages.size(); ++stages) {
@@ -233,7 +241,7 @@ void Channel::receive_payload(ReceiveJob& job, const std::function<void()>& poll
     }
     for (; receives < stage.last_receive; ++receives) {
       if (!incoming.receives[receives].request) continue;
-      wait(incoming.receives[receives].request, "payload from", program.receives[receives].peer);
+      wait(incoming.receives[receives].request, FlightPhase::kPayload, program.receives[receives].peer);
       incoming.volume -= program.receives[receives].volume;
       post_receives(job);
     }
@@ -257,12 +265,12 @@ void Channel::receive_payload(ReceiveJob& job, const std::function<void()>& poll
   for (; lane_receives < program.lane_receives.size(); ++lane_receives) {
     const Transfer& copy = program.lane_receives[lane_receives];
     if (incoming.skips(copy.sender_lane)) continue;
-    wait(incoming.lane_receives[lane_receives].request, "lane copy from", copy.peer);
+    wait(incoming.lane_receives[lane_receives].request, FlightPhase::kLaneCopyFrom, copy.peer);
     incoming.lane_receives.unpack(lane_receives, incoming.result);
   }
   // The tensor is handed out when the replicas have their copies: its new owner may change it in place.
   for (; lane_sends < program.lane_sends.size(); ++lane_sends) {
-    wait(incoming.lane_sends[lane_sends].request, "lane copy to", program.lane_sends[lane_sends].peer);
+    wait(incoming.lane_sends[lane_sends].request, FlightPhase::kLaneCopyTo, program.lane_sends[lane_sends].peer);
   }
 }
 
@@ -283,6 +291,7 @@ void Channel::deliver(ReceiveJob& job, at::Tensor tensor, std::shared_ptr<const 
     counters_.bytes_sent.fetch_add(all ? program.bytes_forwarded : volume(program.lane_sends),
                                    std::memory_order_relaxed);
   }
+  flight_.retire(job.flight, false, job.times.ended);
   counters_.receives.fetch_add(1, std::memory_order_relaxed);
   counters_.bytes_received.fetch_add(bytes, std::memory_order_relaxed);
   counters_.transfer_ns.fetch_add(job.times.ended - job.times.started, std::memory_order_relaxed);

@@ -73,11 +73,12 @@ std::shared_ptr<Delivery> Channel::send(std::shared_ptr<SendProgram> program, co
   failure_.check();
   const c10::NoGradGuard no_grad;
   const bool tracing = trace_.on();
+  const std::int64_t now = Times::now();
   auto job = send_jobs_.take();
   if (!job) job = std::make_unique<SendJob>();
   job->sequence = next_send_;
   job->times = {};
-  job->times.posted = tracing ? Times::now() : 0;
+  job->times.posted = tracing ? now : 0;
   job->program = std::move(program);
   const core::Microbatch& microbatch = *job->program->microbatch;
   const std::vector<Transfer>& transfers = job->program->transfers;
@@ -99,6 +100,8 @@ std::shared_ptr<Delivery> Channel::send(std::shared_ptr<SendProgram> program, co
       }
     }
   }
+  job->flight = flight_.record(true, direction_ == core::Direction::kForward, job->sequence,
+                               given.defined() ? job->program->bytes : 0, now);
   try {
     if (!config_.fixed) {
       Header header = header_for(microbatch, !given.defined(), expects_backward);
@@ -116,6 +119,7 @@ std::shared_ptr<Delivery> Channel::send(std::shared_ptr<SendProgram> program, co
                                             kPayloadTag, send_name(), job->sequence);
     }
   } catch (const BridgeError&) {
+    flight_.retire(job->flight, true, Times::now());
     failure_.set(std::current_exception());
     failure_.check();
   }
@@ -156,7 +160,7 @@ void Channel::run_send(std::unique_ptr<SendJob> job) {
     const auto wait = [&](Request& request, int peer) {
       if (!request) return;
       failure_.check();
-      wait_for(send_waiter_, request, "message to", peer, send_name(), job->sequence, {});
+      wait_for(send_waiter_, request, FlightPhase::kMessage, peer, job->flight, send_name(), job->sequence, {});
     };
     for (std::size_t index = 0; index < job->headers.size(); ++index) {
       wait(job->headers[index].request, header_receivers_[index].rank);
@@ -168,10 +172,12 @@ void Channel::run_send(std::unique_ptr<SendJob> job) {
   } catch (...) {
     failed = failure_.set(std::current_exception());
   }
+  const std::int64_t now = Times::now();
+  flight_.retire(job->flight, failed != nullptr, now);
   const std::int64_t bytes = job->payload ? job->program->bytes : 0;
   if (trace_.on() && job->times.posted != 0 && !failed) {
     job->times.started = job->times.posted;
-    job->times.ended = Times::now();
+    job->times.ended = now;
     trace_.add({true, direction_ == core::Direction::kForward, job->sequence, bytes, job->times, 0, 0});
   }
   // The storage goes before anybody is told.

@@ -31,10 +31,10 @@ Communicator::Communicator(BridgeConfig config, std::unique_ptr<Transport> forwa
       backward_transport_(std::move(backward)) {
   if (!forward_transport_) return;
   Transport& back = backward_transport_ ? *backward_transport_ : *forward_transport_;
-  forward_ = std::make_unique<Channel>(config_, *forward_transport_, failure_, forward_counters_, trace_,
+  forward_ = std::make_unique<Channel>(config_, *forward_transport_, failure_, forward_counters_, trace_, flight_,
                                        core::Direction::kForward);
-  backward_ =
-      std::make_unique<Channel>(config_, back, failure_, backward_counters_, trace_, core::Direction::kBackward);
+  backward_ = std::make_unique<Channel>(config_, back, failure_, backward_counters_, trace_, flight_,
+                                        core::Direction::kBackward);
 }
 
 Communicator::~Communicator() {
@@ -46,6 +46,7 @@ void Communicator::close(bool abort) {
   closed_ = true;
   if (!forward_) return;
   if (abort) failure_.set(std::make_exception_ptr(BridgeError(where("close") + ": the bridge was closed")));
+  const FlightRecorder::Blocked blocked(flight_, FlightCaller::In::kClose, true, 0, Times::now());
   forward_->close();
   backward_->close();
   forward_.reset();
@@ -91,8 +92,12 @@ void Communicator::check_open(bool needed, const char* operation, const char* ro
   }
 }
 
-void Communicator::wait_for_room(Channel& channel, const char* operation) const {
-  const auto deadline = std::chrono::steady_clock::now() + config_.timeout;
+void Communicator::wait_for_room(Channel& channel, bool is_forward, const char* operation) {
+  if (channel.wait_for_room(std::chrono::milliseconds(0))) return;
+  const auto began = std::chrono::steady_clock::now();
+  const auto deadline = began + config_.timeout;
+  const FlightRecorder::Blocked blocked(flight_, FlightCaller::In::kRoom, is_forward, 0,
+                                        began.time_since_epoch().count());
   while (!channel.wait_for_room(kInterruptPeriod)) {
     failure_.check();
     if (interrupt_check_) interrupt_check_();
@@ -129,7 +134,7 @@ std::shared_ptr<Delivery> Communicator::send_forward(const at::Tensor& x,
       throw std::invalid_argument("module '" + config_.source.module + "': static shapes: expected " +
                                   text_of(program->shape) + ", got " + text_of(x.sizes()));
     }
-    wait_for_room(*forward_, kOperation);
+    wait_for_room(*forward_, true, kOperation);
     const bool expects_backward = c10::GradMode::is_enabled();
     last_ = program->microbatch;
     auto delivery = forward_->send(std::move(program), x, expects_backward, 0, want_delivery);
@@ -238,7 +243,7 @@ std::shared_ptr<Delivery> Communicator::send_backward(const at::Tensor& gradient
   } else if (config_.fixed) {
     payload = at::zeros(program->shape, at::TensorOptions().dtype(config_.dtype));  // no header could say "none"
   }
-  wait_for_room(*backward_, kOperation);
+  wait_for_room(*backward_, false, kOperation);
   const bool unpaired = received_.empty();
   const std::int64_t of = unpaired ? Header::kUnpaired : received_.front().sequence;
   auto delivery = backward_->send(std::move(program), payload, false, of, want_delivery);
@@ -287,6 +292,9 @@ at::Tensor Communicator::recv_backward() {
 }
 
 at::Tensor Communicator::finish(Delivery& delivery, std::int64_t began) {
+  const FlightRecorder::Blocked blocked(flight_,
+                                        delivery.is_send() ? FlightCaller::In::kSend : FlightCaller::In::kReceive,
+                                        delivery.is_forward(), delivery.sequence(), began);
   if (delivery.is_send() && forward_) {
     // Nobody looks after sends at once unless somebody waits.
     forward_->hurry_sends();

@@ -11,6 +11,7 @@
 #include "comm/config.h"
 #include "comm/delivery.h"
 #include "comm/fifo.h"
+#include "comm/flight.h"
 #include "comm/telemetry.h"
 #include "comm/transport.h"
 
@@ -62,6 +63,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   /// Of one direction.
   Counters& counters(bool is_forward) { return is_forward ? forward_counters_ : backward_counters_; }
   Trace& trace() { return trace_; }
+  const FlightRecorder& flight() const { return flight_; }
+  bool failed() const { return failure_.failed(); }
 
   /// Forward microbatches whose gradient has not been asked for yet: {as source, as destination}.
   std::pair<std::size_t, std::size_t> outstanding() const { return {sent_.size(), received_.size()}; }
@@ -83,7 +86,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
 
  private:
   void check_open(bool needed, const char* operation, const char* role) const;
-  void wait_for_room(Channel& channel, const char* operation) const;
+  void wait_for_room(Channel& channel, bool is_forward, const char* operation);
   std::string where(const char* operation) const;
 
   const BridgeConfig config_;
@@ -94,6 +97,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   Counters forward_counters_;
   Counters backward_counters_;
   Trace trace_;
+  FlightRecorder flight_;
   std::unique_ptr<Channel> forward_;
   std::unique_ptr<Channel> backward_;
   using Known = std::shared_ptr<const core::Microbatch>;

@@ -2,8 +2,9 @@
 
 namespace mimo_ext::comm {
 
-void Waiter::wait(Request& request, std::chrono::milliseconds timeout, const std::function<void()>& poll) {
-  const auto deadline = std::chrono::steady_clock::now() + timeout;
+void Waiter::wait(Request& request, std::chrono::steady_clock::time_point began, std::chrono::milliseconds timeout,
+                  const std::function<void()>& poll) {
+  const auto deadline = began + timeout;
   auto left = timeout;
   for (;;) {
     {

@@ -18,9 +18,10 @@ struct Interrupted {
 /// Waits for one request at a time; used by one thread at a time.
 class Waiter {
  public:
-  /// Returns when the message is complete. Throws TransportError, at the latest after `timeout`. `poll` is called after
-  /// each nudge; where it throws, Interrupted is thrown.
-  void wait(Request& request, std::chrono::milliseconds timeout, const std::function<void()>& poll);
+  /// Returns when the message is complete. Throws TransportError, at the latest `timeout` after `began`. `poll` is
+  /// called after each nudge; where it throws, Interrupted is thrown.
+  void wait(Request& request, std::chrono::steady_clock::time_point began, std::chrono::milliseconds timeout,
+            const std::function<void()>& poll);
   /// From any thread: lets a wait that is under way call its poll.
   void nudge();
   /// From any thread: the wait that is under way, and all later ones, fail.
