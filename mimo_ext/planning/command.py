@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import torch
 
+from .. import _flight_command
 from ..layout import PATHS
 from . import links as model
 from .edge import Edge, parse_layout
@@ -177,5 +178,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="mimo_ext", description="Tools of mimo_ext.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
     add_to(commands)
+    _flight_command.add_to(commands)
     options = parser.parse_args(arguments)
     return int(options.run(options))

@@ -19,6 +19,7 @@ from launch import launch
 import mimo_ext
 from mimo_ext import Layout
 from mimo_ext.flight import dump_on_signal, snapshot, table
+from mimo_ext.planning.command import main
 
 
 def make(timeout: float = 30.0, **options: Any) -> mimo_ext.Bridge:
@@ -146,7 +147,7 @@ def stuck(rank: int, world_size: int, folder: str, wakeup_taken: bool) -> None:
     bridge.close(abort=True)
 
 
-def test_a_rank_that_hangs_dumps_when_a_signal_comes(tmp_path: Path) -> None:
+def test_a_rank_that_hangs_dumps_when_a_signal_comes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     launch(stuck, 3, str(tmp_path), False)
     computing, receiving, collective = (json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(3))
     assert {computing["reason"], receiving["reason"], collective["reason"]} == {"SIGUSR2"}
@@ -162,6 +163,10 @@ def test_a_rank_that_hangs_dumps_when_a_signal_comes(tmp_path: Path) -> None:
     assert collective["bridges"][0]["caller"] is None
     assert collective["bridges"][0]["entries"] == []
     assert any(line.endswith("in stuck") for line in computing["stack"])
+    assert main(["flight", str(tmp_path)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("rank 1 waits: rank 0 waits for no bridge; it stands at ")
+    assert any(line.startswith("rank 2   waits for no bridge; it stands at ") and "barrier" in line for line in lines)
 
 
 def test_a_blocked_receive_dumps_where_asyncio_has_the_signals(tmp_path: Path) -> None:
