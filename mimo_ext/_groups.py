@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import weakref
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -24,6 +25,7 @@ from ._agreement import Meeting, ranks_text, wait_for
 from ._extension import _C
 
 TAGS = 16  # of a bridge in its groups
+_DIRECTIONS = ("forward", "backward")
 
 # (process, direction, interfaces) -> the devices that open groups use. A forked process makes its own.
 _devices: weakref.WeakValueDictionary[tuple[int, str, str], _Devices] = weakref.WeakValueDictionary()
@@ -69,15 +71,19 @@ def connect(meeting: Meeting, bridges: Sequence[tuple[Sequence[int], str]]) -> l
     if meeting.store is None:
         pairs = {key: [dist.new_group(list(key), backend="fake") for _ in range(2)] for key in wanted}
     elif wanted:
-        devices = tuple(_devices_for(direction) for direction in ("forward", "backward"))
-        with ThreadPoolExecutor(2 * len(wanted), thread_name_prefix="mimo_ext") as pool:
-            # A connection is waiting for others, by far the most of its time.
-            made = [
-                (key, pool.submit(_new_group, meeting, key, device, what))
-                for key, what in wanted.items()
-                for device in devices
-            ]
+        devices = tuple(_devices_for(direction) for direction in _DIRECTIONS)
+        # A connection is waiting for others, by far the most of its time.
+        made = [
+            (key, _in_a_thread(_new_group, meeting, key, device, what))
+            for key, what in wanted.items()
+            for device in devices
+        ]
+        errors = [error for _, group in made if (error := group.exception()) is not None]
+        if errors:
+            raise errors[0]
         pairs = {key: [group.result() for other, group in made if other == key] for key in wanted}
+        for key, what in wanted.items():
+            _wait_until_all_are_connected(meeting, key, what)
     bridges_between: Counter[tuple[int, ...]] = Counter()
     found: list[Groups | None] = []
     for ranks, _ in bridges:
@@ -133,10 +139,13 @@ def _devices_for(direction: str) -> _Devices:
     return devices
 
 
+def _digest(ranks: Sequence[int]) -> str:
+    return hashlib.sha256(",".join(map(str, ranks)).encode()).hexdigest()[:16]
+
+
 def _new_group(meeting: Meeting, ranks: tuple[int, ...], devices: _Devices, what: str) -> dist.ProcessGroup:
     assert meeting.store is not None
-    members = hashlib.sha256(",".join(map(str, ranks)).encode()).hexdigest()[:16]
-    store = dist.PrefixStore(f"{devices.direction}/{members}", meeting.store)
+    store = dist.PrefixStore(f"{devices.direction}/{_digest(ranks)}", meeting.store)
     options = dist.ProcessGroupGloo._Options()
     options._devices = devices.devices
     options._threads = 0  # workers: only collectives need them
@@ -151,7 +160,48 @@ def _new_group(meeting: Meeting, ranks: tuple[int, ...], devices: _Devices, what
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
     group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
     group._set_group_desc(f"mimo_ext {what} {devices.direction}")
+    _say_connected(meeting, ranks, devices.direction)
     return group
+
+
+def _in_a_thread(function: Callable[..., dist.ProcessGroup], *args: Any) -> Future[dist.ProcessGroup]:
+    """Whoever waits for the result may be interrupted, and leave: the thread keeps neither them nor the interpreter."""
+    future: Future[dist.ProcessGroup] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="mimo_ext connect", daemon=True).start()
+    return future
+
+
+# A rank that has all its connections, and gives them up at once, would break those that others are still making.
+
+
+def _connected_store(meeting: Meeting, ranks: tuple[int, ...]) -> dist.Store:
+    assert meeting.store is not None
+    return dist.PrefixStore(f"connected/{_digest(ranks)}", meeting.store)
+
+
+def _say_connected(meeting: Meeting, ranks: tuple[int, ...], direction: str) -> None:
+    store = _connected_store(meeting, ranks)
+    store.set(f"{direction}/{meeting.rank}", "")
+    if store.add("count", 1) == len(_DIRECTIONS) * len(ranks):
+        store.set("all", "")
+
+
+def _wait_until_all_are_connected(meeting: Meeting, ranks: tuple[int, ...], what: str) -> None:
+    store = _connected_store(meeting, ranks)
+    if wait_for(store, ["all"], meeting.limit):
+        return
+    missing = [rank for rank in ranks if not store.check([f"{direction}/{rank}" for direction in _DIRECTIONS])]
+    raise RuntimeError(
+        f"{what}, rank {meeting.rank}: connections: waited {meeting.limit.total_seconds():g} s for "
+        f"{ranks_text(missing)} to make theirs"
+    )
 
 
 class _Addresses(dist.Store):
