@@ -10,6 +10,10 @@ Two ways, chosen by the environment:
 * under ``torchrun --nproc-per-node N -m pytest tests/distributed`` every rank runs pytest, and `fn` runs on the ranks
 that are
   there: the first `world_size` of them. A test that wants more ranks than N is skipped, with the reason.
+
+When `fn` has returned and the process groups are destroyed, a rank must hold no thread, descriptor, process group,
+bridge or storage of a tensor that went through a bridge that it did not hold before: that fails the call, too
+(tests/leaks.py).
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from leaks import Level, Storages
 
 GRACE_S = 2.0  # how long the other ranks may go on after the first failure, to report their own
 _calls = itertools.count()
@@ -43,14 +48,17 @@ class RankFailure(AssertionError):
     """One rank or more failed; the message holds each one's traceback."""
 
 
-def launch(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+def launch(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0, leaks: bool = False
+) -> list[Any]:
     """Run `fn(rank, world_size, *args)` on every rank; `timeout` in seconds for all of it.
 
-    `fn` and `args` must be picklable (`fn` a module-level function). Raises RankFailure.
+    `leaks`: ranks may leave something behind. `fn` and `args` must be picklable (`fn` a module-level function). Raises
+    RankFailure.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return _run_under_torchrun(fn, world_size, args, timeout)
-    return run_ranks(fn, world_size, *args, timeout=timeout).check()
+    return run_ranks(fn, world_size, *args, timeout=timeout, leaks=leaks).check()
 
 
 class Outcome:
@@ -68,7 +76,9 @@ class Outcome:
         return self.results
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> Outcome:
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0, leaks: bool = False
+) -> Outcome:
     """As `launch`, but returns what happened instead of raising: for tests in which a rank is meant to fail."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "mimo_ext"])
@@ -78,7 +88,9 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
         pipes: dict[multiprocessing.connection.Connection, int] = {}
         for rank in range(world_size):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_rank_main, args=(fn, rank, world_size, args, folder, theirs, timeout))
+            process = context.Process(
+                target=_rank_main, args=(fn, rank, world_size, args, folder, theirs, timeout, leaks)
+            )
             process.start()
             theirs.close()
             ranks.append(process)
@@ -147,6 +159,7 @@ def _rank_main(
     folder: str,
     pipe: multiprocessing.connection.Connection,
     timeout: float,
+    leaks: bool,
 ) -> None:
     with open(Path(folder) / f"stack_{rank}", "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
@@ -154,30 +167,32 @@ def _rank_main(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         torch.set_num_threads(1)
         torch.manual_seed(1234)
-        try:
-            dist.init_process_group(
-                "gloo",
-                init_method=f"file://{folder}/rendezvous",
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=timeout),
-            )
-            # A rank that is done at once must not hang up while a slow one is still connecting.
-            dist.barrier()
-            result = (True, fn(rank, world_size, *args))
-        except BaseException:
-            result = (False, traceback.format_exc())
-        try:
-            pipe.send_bytes(pickle.dumps(result))
-        except Exception:
-            pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
+        before = Level.now()
+        with Storages() as storages:
+            try:
+                dist.init_process_group(
+                    "gloo",
+                    init_method=f"file://{folder}/rendezvous",
+                    rank=rank,
+                    world_size=world_size,
+                    timeout=timedelta(seconds=timeout),
+                )
+                # A rank that is done at once must not hang up while a slow one is still connecting.
+                dist.barrier()
+                result = pickle.dumps((True, fn(rank, world_size, *args)))
+                ok = True
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+                if not leaks and (left := storages.alive(fn.__module__) + before.growth()):
+                    raise AssertionError("left behind: " + "; ".join(left))
+            except BaseException:
+                ok, result = False, pickle.dumps((False, traceback.format_exc()))
+        pipe.send_bytes(result)
         pipe.close()
-        if result[0] and dist.is_initialized():
-            dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
         # A failed rank must not wait for peers in destructors.
-        if not result[0]:
+        if not ok:
             os._exit(1)
 
 

@@ -73,9 +73,10 @@ def failing(rank: int, world_size: int, folder: str | None) -> tuple[str, list[s
         bridge.send_forward(X)
     else:
         bridge.recv_forward()
-    with pytest.raises(mimo_ext.BridgeTimeoutError) as caught:
+    # A timeout, or the news that a peer whose timeout was first has hung up.
+    with pytest.raises(mimo_ext.BridgeError) as caught:
         bridge.recv_backward() if rank == 0 else bridge.recv_forward()
-    with pytest.raises(mimo_ext.BridgeTimeoutError) as again:
+    with pytest.raises(type(caught.value)) as again:
         bridge.recv_backward() if rank == 0 else bridge.recv_forward()
     assert again.value.__notes__ == caught.value.__notes__
     bridge.close(abort=True)
