@@ -15,6 +15,7 @@ DEMO_ARGS ?=
 CHECK_ARGS ?=
 BENCH_ARGS ?= --quick
 CASES ?=
+SOAK_SECONDS ?= 600
 PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -35,6 +36,7 @@ help:
 	@echo "make check-grad weights after training, over many layouts and losses, against one process"
 	@echo "make check-colocated    the same for layouts whose modules share their ranks"
 	@echo "make check-install       a Megatron script that knows nothing of us, on Megatron's classes and on ours"
+	@echo "make soak      ten minutes (SOAK_SECONDS) of random shapes, delays and layouts: is everything flat?"
 	@echo "make test      all tests: lint, C++, Python, distributed, Megatron"
 	@echo "make bench     the bridge against Megatron's own, on an emulated cluster (needs root): benchmarks/README.md"
 	@echo "make figures   the README's figures and picture, made of benchmarks/results"
@@ -107,6 +109,11 @@ check-grad: $(VENV)/.test $(VENV)/.built
 .PHONY: check-install
 check-install: $(VENV)/.test $(VENV)/.built
 	$(PY) -P tests/megatron/install_program_ranks.py
+
+# Values, memory, threads, descriptors and throughput over many microbatches of random shapes.
+.PHONY: soak
+soak: $(VENV)/.test $(VENV)/.built
+	PYTHONPATH=tests $(PY) -P -W ignore tests/soak/soak.py --seconds $(SOAK_SECONDS) --json out/soak.json
 
 # --- Benchmarks, in under five minutes. Status 77: this machine cannot emulate a cluster, and has said why.
 

@@ -1,0 +1,77 @@
+"""A few seconds of the soak, and that its verdict can be "no"."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from launch import launch
+from soak import BLOCK, LAYOUTS, WORLD, Limits, Microbatch, Sample, faults, soak, table
+
+
+def test_a_short_soak_is_flat() -> None:
+    ranks = launch(soak, WORLD, 3.0, 1, timeout=120)
+    # Too short for resident memory and throughput, which the machine's other work moves; the heap is exact.
+    limits = Limits(memory=0.01, rate=None, microbatches=3 * 3 * BLOCK)
+    small = [[replace(sample, rss=1) for sample in samples] for samples in ranks]
+    assert faults(small, limits) == []
+    assert {sample.third for sample in ranks[0]} == {0, 1, 2}
+    assert len(table(ranks).splitlines()) == 11
+
+
+def flat(blocks: int = 60) -> list[Sample]:
+    return [Sample(index * 3 // blocks, 50, 2.0, 1.0, 300_000_000, 50_000_000, 20, 60) for index in range(blocks)]
+
+
+LIMITS = Limits(microbatches=3000)
+
+
+def test_a_flat_run_has_no_faults() -> None:
+    assert faults([flat(), flat()], LIMITS) == []
+
+
+@pytest.mark.parametrize("what", ["rss", "heap"])
+def test_memory_that_grows_is_found(what: str) -> None:
+    # By a thirtieth of a percent per block: less than 1.5 % over the run.
+    grows = [replace(s, **{what: int(getattr(s, what) * (1 + index * 3e-4))}) for index, s in enumerate(flat())]
+    (found,) = faults([flat(), grows], LIMITS)
+    assert found == f"rank 1: {what} grew by 1.16%, expected at most 1%"
+    warms_up = [replace(s, **{what: getattr(s, what) // 2}) if index < 10 else s for index, s in enumerate(flat())]
+    assert faults([warms_up], LIMITS) == []
+
+
+@pytest.mark.parametrize("what", ["threads", "descriptors"])
+def test_a_thread_or_descriptor_more_is_found(what: str) -> None:
+    leaks = [*flat()[:-1], replace(flat()[-1], **{what: 61})]
+    (found,) = faults([leaks], LIMITS)
+    assert found.startswith(f"rank 0: 61 {what} in the last third")
+    # The other layouts may need more.
+    middle = [replace(s, **{what: 61}) if s.third == 1 else s for s in flat()]
+    assert faults([middle], LIMITS) == []
+
+
+def test_a_run_that_slows_down_is_found_unless_it_is_one_stall() -> None:
+    slower = [replace(s, seconds=2.3) if index >= 54 else s for index, s in enumerate(flat())]
+    assert faults([slower], LIMITS) == ["21.7 microbatches/s in the last tenth, 25.0 in the first"]
+    stall = [*flat()[:-1], replace(flat()[-1], seconds=60.0)]
+    assert faults([stall], LIMITS) == []
+
+
+def test_a_run_that_is_too_slow_is_found() -> None:
+    assert faults([flat()], Limits(microbatches=3001)) == ["expected at least 3001 microbatches, got 3000"]
+
+
+def test_every_row_of_every_microbatch_is_another() -> None:
+    """Or a row that came to the wrong place would not be seen."""
+    one, two = Microbatch(0, (5,) * 6, 4, 2).lane(0, 1), Microbatch(1, (5,) * 6, 4, 2).lane(0, 1)
+    assert len({tuple(row.tolist()) for row in torch.cat([one, two])}) == 60
+    lanes = [Microbatch(0, (5,) * 6, 4, 2).lane(lane, 3) for lane in range(3)]
+    assert torch.equal(torch.cat(lanes), one)
+
+
+def test_the_layouts_have_every_kind() -> None:
+    edges = [edge for edges in LAYOUTS for edge in edges]
+    assert {edge.ndim for edge in edges} == {2, 3}
+    assert any(edge.static for edge in edges)
+    assert any(set(edge.src["ranks"]) & set(edge.dst["ranks"]) for edge in edges)
