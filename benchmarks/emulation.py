@@ -32,6 +32,9 @@ MTU = 9000
 BURST_BYTES = 16 * 1024
 BURST_S = 0.7e-3  # a slow link's bucket is smaller: it must not carry a good part of a payload for nothing
 LEAST_BURST_BYTES = MTU + 512  # a packet must fit
+# Inside a host: a bucket that holds the 64 KiB which the kernel handles as one packet. A smaller one has it cut into
+# frames, and two cores are then busy with frames instead of links: 8 ranks that copy to 8 ranks reached half the rate.
+IN_HOST_BURST_BYTES = 80 * 1024
 # What a port buffers before it drops: enough for the fan-in of all ranks, as fabrics for training lose nothing.
 BUFFER_BYTES = 8 * 1024 * 1024
 CLONE_NEWNET = 0x40000000
@@ -121,10 +124,10 @@ class EmulatedCluster:
         limits = []
         for rank in range(self.world_size):
             _run("ip", "-n", self.namespace(rank), "-batch", "-", lines=self._rank_lines(rank))
-            own = [_limit("nic0", self.rates.nic_mbit), _limit("nvl0", self.rates.nvl_mbit)]
+            own = [_limit("nic0", self.rates.nic_mbit), _in_host_limit("nvl0", self.rates.nvl_mbit)]
             _run("tc", "-n", self.namespace(rank), "-batch", "-", lines=own)
             # A rank's ingress is the egress of the other end.
-            limits += [_limit(f"f{rank}", self.rates.nic_mbit), _limit(f"v{rank}", self.rates.nvl_mbit)]
+            limits += [_limit(f"f{rank}", self.rates.nic_mbit), _in_host_limit(f"v{rank}", self.rates.nvl_mbit)]
         _run("tc", "-n", hub, "-batch", "-", lines=limits)
 
     def _hub_lines(self) -> list[str]:
@@ -197,7 +200,14 @@ def enter_namespace(name: str) -> None:
 
 
 def _limit(link: str, mbit: float) -> str:
-    burst = min(BURST_BYTES, max(LEAST_BURST_BYTES, round(mbit * 1e6 / 8 * BURST_S)))
+    return _token_bucket(link, mbit, min(BURST_BYTES, max(LEAST_BURST_BYTES, round(mbit * 1e6 / 8 * BURST_S))))
+
+
+def _in_host_limit(link: str, mbit: float) -> str:
+    return _token_bucket(link, mbit, IN_HOST_BURST_BYTES)
+
+
+def _token_bucket(link: str, mbit: float, burst: int) -> str:
     return f"qdisc add dev {link} root tbf rate {round(mbit * 1e6)}bit burst {burst} limit {BUFFER_BYTES}"
 
 
