@@ -67,6 +67,10 @@ Channel::Channel(const BridgeConfig& config, Transport& transport, Failure& fail
           peer(members[static_cast<std::size_t>(receiver_member_ % sender_.lane_size())], receiver_lane_));
     }
   }
+  if (is_receiver()) {
+    eager_bytes_ = eager_bytes_of(config_, static_cast<int>(header_senders_.size()));
+    eager_.resize(header_senders_.size());
+  }
   failure_.on_failure([this] {
     send_waiter_.abort();
     receive_waiter_.abort();

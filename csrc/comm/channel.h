@@ -33,6 +33,12 @@
 
 namespace mimo_ext::comm {
 
+/// A header on the wire, its row counts, or what follows it unasked.
+struct HeaderSlot {
+  std::vector<at::Tensor> tensor;
+  Request request;
+};
+
 /// Not thread-safe: send() and recv() are called by one thread at a time. What the constructor is given outlives the
 /// channel.
 class Channel {
@@ -127,8 +133,14 @@ class Channel {
   void check_row_shards(const ReceiveJob& job, const core::Microbatch& microbatch) const;
   void post_payload(ReceiveJob& job, const core::Microbatch& microbatch, std::vector<int> without_gradient);
   void post_receives(ReceiveJob& job);
-  /// Posts the receive of one transfer; false where none comes over the wire.
+  /// Posts the receive of one transfer; false where nothing is to be waited for.
   bool post_part(ReceiveJob& job, const Transfer& transfer, Slots& slots, std::size_t index, int kind);
+  /// One more microbatch is expected: as many eager receives are posted for each sender.
+  void post_eager(std::int64_t sequence);
+  /// The oldest of them is this microbatch's.
+  void take_eager(ReceiveJob& job, std::size_t header);
+  std::size_t header_of(const Transfer& transfer) const;
+  void check_announced(const ReceiveJob& job) const;
   void receive_payload(ReceiveJob& job, const std::function<void()>& poll);
   void deliver(ReceiveJob& job, at::Tensor tensor, std::shared_ptr<const core::Microbatch> microbatch);
   LocalItem take_local(std::int64_t sequence, const std::function<void()>& poll);
@@ -176,6 +188,14 @@ class Channel {
   std::vector<std::shared_ptr<Delivery>> receive_deliveries_;
 
   std::atomic<bool> receives_aborted_{false};
+
+  // Eager receives by header sender, in the order in which they were posted. What is not announced waits for the next
+  // microbatch: there are at least as many as microbatches whose headers have not come.
+  std::mutex eager_mutex_;
+  std::int64_t eager_bytes_ = 0;  ///< of each; 0: there are none
+  std::vector<Fifo<HeaderSlot>> eager_;
+  std::vector<std::vector<at::Tensor>> eager_free_;
+  std::size_t headers_expected_ = 0;
 
   // Receives are carried out one after the other, by whoever has the turn.
   std::mutex queue_mutex_;

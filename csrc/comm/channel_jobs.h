@@ -14,13 +14,9 @@ inline constexpr int kLaneTag = 2;
 /// Row counts that do not fit into a header. Their receives are posted when the header has come, those of headers by
 /// the caller, who may be microbatches ahead: a tag of their own keeps both in order.
 inline constexpr int kRowsTag = 3;
-inline constexpr int kNumTags = 4;
-
-/// A header on the wire, or its row counts.
-struct HeaderSlot {
-  std::vector<at::Tensor> tensor;
-  Request request;
-};
+/// The beginning of a payload: its receives are posted by the caller, too.
+inline constexpr int kEagerTag = 4;
+inline constexpr int kNumTags = 5;
 
 struct Channel::SendJob {
   std::int64_t sequence = 0;
@@ -41,6 +37,7 @@ struct Channel::ReceiveJob {
   bool expects_backward = true;
   std::vector<HeaderSlot> headers;  ///< one per sender lane; no request where the sender is this rank
   std::vector<Header> parsed;       ///< as far as they have come
+  std::vector<HeaderSlot> eager;    ///< by header, where the beginning of the payload is announced
   HeaderSlot row_counts;
   bool has_local = false;
   LocalItem local;

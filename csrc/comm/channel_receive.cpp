@@ -3,6 +3,7 @@
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
 #include "comm/channel_jobs.h"
@@ -32,7 +33,7 @@ std::unique_ptr<Channel::ReceiveJob> Channel::post_receive(Expected expected) {
       if (job->headers.empty()) {
         job->headers.resize(header_senders_.size());
         for (HeaderSlot& slot : job->headers) {
-          slot.tensor = {at::empty({static_cast<std::int64_t>(Header::kWords)}, at::kLong)};
+          slot.tensor = {at::empty({static_cast<std::int64_t>(Header::kMaxWords)}, at::kLong)};
         }
       }
       for (std::size_t index = 0; index < header_senders_.size(); ++index) {
@@ -41,6 +42,8 @@ std::unique_ptr<Channel::ReceiveJob> Channel::post_receive(Expected expected) {
         HeaderSlot& slot = job->headers[index];
         slot.request = post(false, slot.tensor, peer.index, peer.rank, kHeaderTag, recv_name(), job->sequence);
       }
+      job->eager.resize(header_senders_.size());
+      post_eager(job->sequence);
     }
   } catch (const BridgeError&) {
     flight_.retire(job->flight, true, Times::now());
@@ -145,6 +148,12 @@ void Channel::end_receive(std::unique_ptr<ReceiveJob> job) {
   // After a failure messages may still arrive in these buffers.
   if (failure_.failed() || receives_aborted_) return;
   if (job->incoming) job->program->give(std::move(job->incoming));
+  for (HeaderSlot& slot : job->eager) {
+    if (slot.tensor.empty()) continue;
+    const std::lock_guard lock(eager_mutex_);
+    eager_free_.push_back(std::move(slot.tensor));
+    slot = {};
+  }
   job->program.reset();
   job->expected = {};
   job->local = {};
@@ -154,6 +163,7 @@ void Channel::end_receive(std::unique_ptr<ReceiveJob> job) {
 
 void Channel::post_payload(ReceiveJob& job, const core::Microbatch& microbatch, std::vector<int> without_gradient) {
   job.program = receive_program(microbatch);
+  if (!config_.fixed) check_announced(job);
   job.incoming = job.program->take();
   flight_.set_bytes(job.flight, job.program->bytes_received);
   ReceiveProgram::Incoming& incoming = *job.incoming;
@@ -170,9 +180,65 @@ void Channel::post_payload(ReceiveJob& job, const core::Microbatch& microbatch, 
 bool Channel::post_part(ReceiveJob& job, const Transfer& transfer, Slots& slots, std::size_t index, int kind) {
   if (transfer.local || job.incoming->skips(transfer.sender_lane)) return false;
   slots.aim(index, job.incoming->result);
+  if (transfer.with_header) {
+    const at::Tensor& header = job.headers[header_of(transfer)].tensor.front();
+    const at::Tensor& into = slots.tensor(index).front();
+    std::memcpy(into.mutable_data_ptr(), header.data_ptr<std::int64_t>() + Header::kWords, into.nbytes());
+    return false;
+  }
+  if (!slots.has_message(index)) return false;
   slots[index].request =
-      post(false, slots.tensor(index), transfer.index, transfer.peer, kind, recv_name(), job.sequence);
+      post(false, slots.message(index), transfer.index, transfer.peer, kind, recv_name(), job.sequence);
   return true;
+}
+
+void Channel::post_eager(std::int64_t sequence) {
+  if (eager_bytes_ == 0) return;
+  const std::lock_guard lock(eager_mutex_);
+  ++headers_expected_;
+  for (std::size_t index = 0; index < header_senders_.size(); ++index) {
+    const HeaderPeer& peer = header_senders_[index];
+    while (peer.rank != transport_.rank() && eager_[index].size() < headers_expected_) {
+      HeaderSlot slot;
+      if (eager_free_.empty()) {
+        slot.tensor = {at::empty({eager_bytes_}, at::kByte)};
+      } else {
+        slot.tensor = std::move(eager_free_.back());
+        eager_free_.pop_back();
+      }
+      slot.request = post(false, slot.tensor, peer.index, peer.rank, kEagerTag, recv_name(), sequence);
+      eager_[index].push_back(std::move(slot));
+    }
+  }
+}
+
+void Channel::take_eager(ReceiveJob& job, std::size_t header) {
+  if (job.parsed[header].eager_bytes == 0) return;
+  const std::lock_guard lock(eager_mutex_);
+  if (eager_[header].empty()) {
+    throw BridgeError(where(recv_name(), job.sequence) + ": rank " + std::to_string(header_senders_[header].rank) +
+                      " announced payload ahead of its turn, expected none");
+  }
+  job.eager[header] = std::move(eager_[header].front());
+  eager_[header].pop_front();
+}
+
+std::size_t Channel::header_of(const Transfer& transfer) const {
+  const int first_lane = core::Plan::lanes_met(receiver_lane_, receiver_.num_lanes(), sender_.num_lanes()).first;
+  return static_cast<std::size_t>(transfer.sender_lane - first_lane);
+}
+
+void Channel::check_announced(const ReceiveJob& job) const {
+  for (std::size_t index = 0; index < job.parsed.size(); ++index) {
+    const Header& header = job.parsed[index];
+    const ReceiveProgram::Announced& expected = job.program->announced[index];
+    if (header.no_gradient || header_senders_[index].rank == transport_.rank()) continue;
+    if (header.payload_bytes == expected.payload_bytes && header.eager_bytes == expected.eager_bytes) continue;
+    throw BridgeError(where(recv_name(), job.sequence) + ": rank " + std::to_string(header_senders_[index].rank) +
+                      " announced " + std::to_string(header.payload_bytes) + " + " +
+                      std::to_string(header.eager_bytes) + " bytes of payload with its header, expected " +
+                      std::to_string(expected.payload_bytes) + " + " + std::to_string(expected.eager_bytes));
+  }
 }
 
 void Channel::post_receives(ReceiveJob& job) {
@@ -240,9 +306,17 @@ void Channel::receive_payload(ReceiveJob& job, const std::function<void()>& poll
       continue;
     }
     for (; receives < stage.last_receive; ++receives) {
-      if (!incoming.receives[receives].request) continue;
-      wait(incoming.receives[receives].request, FlightPhase::kPayload, program.receives[receives].peer);
-      incoming.volume -= program.receives[receives].volume;
+      const Transfer& transfer = program.receives[receives];
+      Slot& slot = incoming.receives[receives];
+      if (transfer.eager > 0 && !transfer.local) {
+        HeaderSlot& eager = job.eager[header_of(transfer)];
+        wait(eager.request, FlightPhase::kPayload, transfer.peer);
+        std::memcpy(slot.head.front().mutable_data_ptr(), eager.tensor.front().const_data_ptr(),
+                    slot.head.front().nbytes());
+      }
+      if (!slot.request) continue;
+      wait(slot.request, FlightPhase::kPayload, transfer.peer);
+      incoming.volume -= transfer.volume;
       post_receives(job);
     }
     // Contributions are added in a fixed order, whatever the order of arrival: results are reproducible.

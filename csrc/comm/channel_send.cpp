@@ -1,8 +1,10 @@
 // The sending half of a channel.
 #include <ATen/Functions.h>
+#include <ATen/record_function.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "comm/channel_jobs.h"
 
@@ -41,7 +43,7 @@ std::uint64_t Channel::row_shards_hash(const core::Microbatch& microbatch, int s
 void Channel::post_headers(Header& header, const core::Microbatch& microbatch, SendJob& job) {
   if (job.headers.empty()) {
     for (std::size_t index = 0; index < header_receivers_.size(); ++index) {
-      job.words.push_back(at::empty({static_cast<std::int64_t>(Header::kWords)}, at::kLong));
+      job.words.push_back(at::empty({static_cast<std::int64_t>(Header::kMaxWords)}, at::kLong));
       job.headers.emplace_back().tensor = {job.words.back()};
     }
   }
@@ -57,9 +59,23 @@ void Channel::post_headers(Header& header, const core::Microbatch& microbatch, S
   for (std::size_t index = 0; index < header_receivers_.size(); ++index) {
     const HeaderPeer& peer = header_receivers_[index];
     header.row_shards_hash = row_shards_hash(microbatch, sender_lane_, peer.lane);
+    const auto announced = job.program->announced.find(peer.rank);
+    header.payload_bytes = header.eager_bytes = 0;
+    at::Tensor payload;
+    if (job.payload && announced != job.program->announced.end()) {
+      const Transfer& transfer = job.program->transfers[announced->second];
+      header.eager_bytes = transfer.eager * microbatch.element_size;
+      if (transfer.with_header) payload = job.payload->tensor(announced->second).front();
+    }
+    if (payload.defined()) header.payload_bytes = static_cast<std::int64_t>(payload.nbytes());
     const Header::Words words = header.encode();
-    std::copy(words.begin(), words.end(), job.words[index].data_ptr<std::int64_t>());
+    auto* message = job.words[index].data_ptr<std::int64_t>();
+    std::copy(words.begin(), words.end(), message);
+    if (payload.defined()) std::memcpy(message + Header::kWords, payload.const_data_ptr(), payload.nbytes());
     HeaderSlot& slot = job.headers[index];
+    // The receiver has room for the largest header: gloo takes less than that.
+    slot.tensor.front().unsafeGetTensorImpl()->set_sizes_contiguous(
+        {static_cast<std::int64_t>(Header::kWords) + (header.payload_bytes + 7) / 8});
     slot.request = post(true, slot.tensor, peer.index, peer.rank, kHeaderTag, send_name(), job.sequence);
     if (row_counts.defined()) {
       HeaderSlot& counts = job.row_counts[index];
@@ -109,14 +125,20 @@ std::shared_ptr<Delivery> Channel::send(std::shared_ptr<SendProgram> program, co
       post_headers(header, microbatch, *job);
       if (meets_itself_) {
         header.row_shards_hash = row_shards_hash(microbatch, sender_lane_, receiver_lane_);
+        header.payload_bytes = header.eager_bytes = 0;
         local.header = std::move(header);
       }
     }
     for (std::size_t index = 0; job->payload && index < transfers.size(); ++index) {
       const Transfer& transfer = transfers[index];
-      if (transfer.local) continue;
-      (*job->payload)[index].request = post(true, job->payload->tensor(index), transfer.index, transfer.peer,
-                                            kPayloadTag, send_name(), job->sequence);
+      if (transfer.local || transfer.with_header) continue;
+      Slot& slot = (*job->payload)[index];
+      if (transfer.eager > 0) {
+        slot.head_request = post(true, slot.head, transfer.index, transfer.peer, kEagerTag, send_name(), job->sequence);
+      }
+      if (!job->payload->has_message(index)) continue;
+      slot.request = post(true, job->payload->message(index), transfer.index, transfer.peer, kPayloadTag, send_name(),
+                          job->sequence);
     }
   } catch (const BridgeError&) {
     flight_.retire(job->flight, true, Times::now());
@@ -139,7 +161,8 @@ std::shared_ptr<Delivery> Channel::send(std::shared_ptr<SendProgram> program, co
   }
   auto delivery = job->delivery;
   SendJob* raw = job.release();
-  const auto when = crowded || tracing ? Worker::When::kNow : Worker::When::kSoon;
+  // torch.profiler cannot evaluate a profile that ends before gloo's messages do.
+  const auto when = crowded || tracing || at::hasCallbacks() ? Worker::When::kNow : Worker::When::kSoon;
   send_worker_->submit([this, raw] { run_send(std::unique_ptr<SendJob>(raw)); }, when);
   return delivery;
 }
@@ -167,6 +190,7 @@ void Channel::run_send(std::unique_ptr<SendJob> job) {
       if (index < job->row_counts.size()) wait(job->row_counts[index].request, header_receivers_[index].rank);
     }
     for (std::size_t index = 0; job->payload && index < job->payload->size(); ++index) {
+      wait((*job->payload)[index].head_request, job->program->transfers[index].peer);
       wait((*job->payload)[index].request, job->program->transfers[index].peer);
     }
   } catch (...) {

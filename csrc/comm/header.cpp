@@ -7,7 +7,7 @@ namespace mimo_ext::comm {
 
 namespace {
 
-constexpr std::int64_t kVersion = 2;
+constexpr std::int64_t kVersion = 3;
 constexpr std::int64_t kNoGradient = 1;
 constexpr std::int64_t kExpectsBackward = 2;
 constexpr std::int64_t kMaxExtent = std::int64_t{1} << 48;
@@ -50,7 +50,9 @@ Header::Words Header::encode() const {
                                                     rows_per_sample,
                                                     num_rows,
                                                     forward_sequence,
-                                                    static_cast<std::int64_t>(row_shards_hash)};
+                                                    static_cast<std::int64_t>(row_shards_hash),
+                                                    payload_bytes,
+                                                    eager_bytes};
   std::copy(fixed.begin(), fixed.end(), words.begin());
   if (!has_extension()) std::copy(rows.begin(), rows.end(), words.begin() + kFixedWords);
   return words;
@@ -67,6 +69,10 @@ Header Header::decode(const Words& words) {
   header.forward_sequence = words[13];
   header.config_hash = static_cast<std::uint64_t>(words[3]);
   header.row_shards_hash = static_cast<std::uint64_t>(words[14]);
+  header.payload_bytes = words[15];
+  check_range("payload_bytes", header.payload_bytes, kMaxPayloadBytes);
+  header.eager_bytes = words[16];
+  check_range("eager_bytes", header.eager_bytes, kMaxEagerBytes);
   check_range("flags", words[4], kNoGradient | kExpectsBackward);
   header.no_gradient = (words[4] & kNoGradient) != 0;
   header.expects_backward = (words[4] & kExpectsBackward) != 0;

@@ -3,9 +3,11 @@
 #include <ATen/Functions.h>
 
 #include <algorithm>
+#include <functional>
 #include <map>
 #include <numeric>
 
+#include "comm/header.h"
 #include "ops/pack.h"
 
 namespace mimo_ext::comm {
@@ -68,6 +70,22 @@ int distance(const core::Boundary& receiver, const Transfer& transfer, std::pair
   return ((theirs - mine) % ranks + ranks) % ranks;
 }
 
+/// Marks what comes with the header, between the rank that sends it and the one that it is for: all of a small
+/// transfer, if it is the only one, else the beginning of the first. Both ends see the same order and decide alike.
+void mark_announced(std::vector<Transfer>& transfers, int element_size,
+                    const std::function<std::int64_t(const Transfer&)>& eager_bytes) {
+  std::unordered_map<int, int> counts;
+  for (const Transfer& transfer : transfers) ++counts[transfer.peer];
+  for (Transfer& transfer : transfers) {
+    int& count = counts[transfer.peer];
+    if (transfer.local || count == 0) continue;  // 0: not the first
+    const std::int64_t bytes = eager_bytes(transfer);
+    transfer.with_header = bytes >= 0 && count == 1 && transfer.volume * element_size <= Header::kMaxPayloadBytes;
+    if (!transfer.with_header && bytes > 0) transfer.eager = std::min(transfer.volume, bytes / element_size);
+    count = 0;
+  }
+}
+
 std::int64_t bytes_of(const std::vector<Transfer>& transfers, int element_size) {
   std::int64_t volume = 0;
   for (const Transfer& transfer : transfers) volume += transfer.local ? 0 : transfer.volume;
@@ -121,22 +139,36 @@ std::vector<Transfer> transfers_of(const std::vector<core::Message>& list, bool 
 Slots::Slots(const std::vector<Transfer>& transfers, at::ScalarType dtype)
     : transfers_(transfers), dtype_(dtype), nothing_(at::empty({0}, dtype).storage()), slots_(transfers.size()) {}
 
-void Slots::view(std::size_t index, const at::Tensor& whole) {
-  Slot& slot = slots_[index];
-  slot.staged = false;
-  if (slot.view.empty()) {
-    slot.view.push_back(at::empty({0}, dtype_));
-    slot.view.front().unsafeGetTensorImpl()->set_sizes_contiguous({transfers_[index].volume});
+void Slots::point(std::vector<at::Tensor>& tensor, const at::Tensor& whole, std::int64_t offset,
+                  std::int64_t volume) const {
+  if (tensor.empty()) {
+    tensor.push_back(at::empty({0}, dtype_));
+    tensor.front().unsafeGetTensorImpl()->set_sizes_contiguous({volume});
   }
-  at::TensorImpl* tensor = slot.view.front().unsafeGetTensorImpl();
-  tensor->set_storage_keep_dtype(whole.storage());
-  tensor->set_storage_offset(whole.storage_offset() + transfers_[index].offset);
+  at::TensorImpl* impl = tensor.front().unsafeGetTensorImpl();
+  impl->set_storage_keep_dtype(whole.storage());
+  impl->set_storage_offset(whole.storage_offset() + offset);
+}
+
+void Slots::view(std::size_t index, const at::Tensor& whole) {
+  slots_[index].staged = false;
+  point(slots_[index].view, whole, transfers_[index].offset, transfers_[index].volume);
+  divide(index);
+}
+
+void Slots::divide(std::size_t index) {
+  const Transfer& transfer = transfers_[index];
+  if (transfer.eager == 0) return;
+  const at::Tensor whole = tensor(index).front();
+  point(slots_[index].head, whole, 0, transfer.eager);
+  point(slots_[index].rest, whole, transfer.eager, transfer.volume - transfer.eager);
 }
 
 void Slots::stage(std::size_t index) {
   Slot& slot = slots_[index];
   slot.staged = true;
   if (slot.staging.empty()) slot.staging.push_back(at::empty({transfers_[index].volume}, dtype_));
+  divide(index);
 }
 
 void Slots::load(std::size_t index, const at::Tensor& x) {
@@ -157,8 +189,11 @@ void Slots::unpack(std::size_t index, const at::Tensor& result) {
 
 void Slots::release() {
   for (Slot& slot : slots_) {
+    slot.head_request.reset();
     slot.request.reset();
-    if (!slot.view.empty()) slot.view.front().unsafeGetTensorImpl()->set_storage_keep_dtype(nothing_);
+    for (auto* tensor : {&slot.view, &slot.head, &slot.rest}) {
+      if (!tensor->empty()) tensor->front().unsafeGetTensorImpl()->set_storage_keep_dtype(nothing_);
+    }
   }
 }
 
@@ -169,6 +204,14 @@ at::Tensor part_of(const Transfer& transfer, const at::Tensor& x) {
 
 void write_part(const Transfer& transfer, const at::Tensor& result, const at::Tensor& buffer) {
   ops::unpack_(result, buffer, transfer.starts, transfer.sizes, transfer.contribution > 0);
+}
+
+std::int64_t eager_bytes_of(const BridgeConfig& config, int sender_lanes) {
+  constexpr std::int64_t kAllSenders = 4 * Header::kMaxEagerBytes;  // what a receiver sets aside for a microbatch
+  constexpr std::int64_t kLeast = 16384;                            // less does not pay for a message
+  if (config.fixed) return 0;
+  const std::int64_t bytes = std::min(Header::kMaxEagerBytes, kAllSenders / sender_lanes / 16 * 16);
+  return bytes < kLeast ? 0 : bytes;
 }
 
 SendProgram::SendProgram(const BridgeConfig& config, const Transport& transport, const core::Microbatch& of,
@@ -183,6 +226,18 @@ SendProgram::SendProgram(const BridgeConfig& config, const Transport& transport,
            std::pair(b.chunk, distance(plan.receiver(), b, place));
   });
   bytes = bytes_of(transfers, of.element_size);
+  if (config.fixed) return;
+  mark_announced(transfers, of.element_size, [&](const Transfer& transfer) {
+    const int member = plan.receiver().find(transfer.peer).second;
+    if (member % plan.sender().lane_size() != place.second) return std::int64_t{-1};
+    const auto [first, last] =
+        core::Plan::lanes_met(transfer.receiver_lane, plan.receiver().num_lanes(), plan.sender().num_lanes());
+    return eager_bytes_of(config, last - first);
+  });
+  for (std::size_t index = 0; index < transfers.size(); ++index) {
+    const Transfer& transfer = transfers[index];
+    if (transfer.with_header || transfer.eager > 0) announced[transfer.peer] = index;
+  }
 }
 
 ReceiveProgram::ReceiveProgram(const BridgeConfig& config, const Transport& transport, const core::Microbatch& of,
@@ -199,6 +254,21 @@ ReceiveProgram::ReceiveProgram(const BridgeConfig& config, const Transport& tran
   lane_receives = transfers(mine.lane_receives, false);
   bytes_received = bytes_of(receives, of.element_size) + bytes_of(lane_receives, of.element_size);
   bytes_forwarded = bytes_of(lane_sends, of.element_size);
+  if (!config.fixed) {
+    const int teller = place.second % plan.sender().lane_size();
+    const auto [first, last] =
+        core::Plan::lanes_met(place.first, plan.receiver().num_lanes(), plan.sender().num_lanes());
+    const std::int64_t most = eager_bytes_of(config, last - first);
+    mark_announced(receives, of.element_size, [&](const Transfer& transfer) {
+      return plan.sender().find(transfer.peer).second == teller ? most : std::int64_t{-1};
+    });
+    announced.resize(static_cast<std::size_t>(last - first));
+    for (const Transfer& transfer : receives) {
+      Announced& header = announced[static_cast<std::size_t>(transfer.sender_lane - first)];
+      if (transfer.with_header) header.payload_bytes = transfer.volume * of.element_size;
+      header.eager_bytes += transfer.eager * of.element_size;
+    }
+  }
 
   const auto stage_of = [](const Transfer& transfer) { return std::pair(transfer.chunk, transfer.sender_lane); };
   const auto by_stage = [&](const Transfer& a, const Transfer& b) { return stage_of(a) < stage_of(b); };

@@ -11,6 +11,7 @@
 #include <array>
 #include <memory>
 #include <mutex>
+#include <unordered_map>
 #include <vector>
 
 #include "comm/config.h"
@@ -28,6 +29,8 @@ struct Transfer {
   int chunk = 0;
   int contribution = 0;         ///< 0 writes, higher ones add, in ascending order
   bool local = false;           ///< from this rank to itself
+  bool with_header = false;     ///< small, and its sender is who tells the receiver: part of the header's message
+  std::int64_t eager = 0;       ///< elements at its beginning that are sent before the receiver asks for the rest
   std::size_t local_index = 0;  ///< among those
   bool in_place = false;        ///< one range of a contiguous tensor: no packing
   std::int64_t offset = 0;
@@ -41,6 +44,9 @@ struct Slot {
   std::vector<at::Tensor> view;     ///< one: a range of the tensor that is sent or received
   std::vector<at::Tensor> staging;  ///< one, where the transfer is packed
   bool staged = false;              ///< which of the two is in use
+  std::vector<at::Tensor> head;     ///< the eager elements of the transfer
+  std::vector<at::Tensor> rest;     ///< all others, where there are eager ones
+  Request head_request;
   Request request;
 };
 
@@ -59,6 +65,11 @@ class Slots {
   std::vector<at::Tensor>& tensor(std::size_t index) {
     return slots_[index].staged ? slots_[index].staging : slots_[index].view;
   }
+  /// The part of it that is a message of its own; none where all of it is eager.
+  bool has_message(std::size_t index) const { return transfers_[index].eager < transfers_[index].volume; }
+  std::vector<at::Tensor>& message(std::size_t index) {
+    return transfers_[index].eager > 0 ? slots_[index].rest : tensor(index);
+  }
   /// Writes what came beside `result` into it.
   void unpack(std::size_t index, const at::Tensor& result);
   /// Lets go of the tensor that was sent or received.
@@ -67,6 +78,9 @@ class Slots {
  private:
   void stage(std::size_t index);
   void view(std::size_t index, const at::Tensor& whole);
+  /// Prepares what travels eagerly and what does not.
+  void divide(std::size_t index);
+  void point(std::vector<at::Tensor>& tensor, const at::Tensor& whole, std::int64_t offset, std::int64_t volume) const;
 
   const std::vector<Transfer>& transfers_;
   at::ScalarType dtype_;
@@ -110,6 +124,8 @@ class SendProgram {
   std::vector<std::int64_t> shape;  ///< of the tensor that this rank sends
   std::vector<Transfer> transfers;
   std::int64_t bytes = 0;  ///< sent to others
+  /// By receiver: the transfer that comes with its header, or begins right after it.
+  std::unordered_map<int, std::size_t> announced;
   Pool<Slots> pool;
 };
 
@@ -139,6 +155,11 @@ class ReceiveProgram {
     std::int64_t volume = 0;                ///< of those that are posted and not complete
     bool skips(int sender_lane) const;
   };
+  /// What the header of one sender lane must announce.
+  struct Announced {
+    std::int64_t payload_bytes = 0;
+    std::int64_t eager_bytes = 0;
+  };
   std::unique_ptr<Incoming> take();
   void give(std::unique_ptr<Incoming> incoming);
 
@@ -146,6 +167,7 @@ class ReceiveProgram {
   const at::ScalarType dtype;
   std::vector<std::int64_t> shape;        ///< of the tensor that this rank receives
   std::vector<Transfer> receives;         ///< by stage
+  std::vector<Announced> announced;       ///< by header
   std::vector<std::size_t> unpack_order;  ///< of receives, within each stage: contributions in ascending order
   std::vector<Transfer> lane_sends;       ///< by stage
   std::vector<Transfer> lane_receives;
@@ -157,6 +179,9 @@ class ReceiveProgram {
  private:
   Pool<Incoming> pool_;
 };
+
+/// How many bytes a sender lane's header may be followed by unasked, for a receiver that `sender_lanes` lanes send to.
+std::int64_t eager_bytes_of(const BridgeConfig& config, int sender_lanes);
 
 /// The messages of `list` in its order; small boxes of the same stage between the same ranks become one message. Both
 /// ends see the same sequence.

@@ -37,6 +37,17 @@ TEST(Header, RoundTrip) {
   EXPECT_FALSE(header.has_extension());
 }
 
+TEST(Header, WhatFollowsIsAnnounced) {
+  Header header = sample();
+  header.payload_bytes = 4095;
+  EXPECT_EQ(Header::decode(header.encode()).payload_bytes, 4095);
+  header.payload_bytes = 0;
+  header.eager_bytes = Header::kMaxEagerBytes;
+  EXPECT_EQ(Header::decode(header.encode()).eager_bytes, Header::kMaxEagerBytes);
+  header.eager_bytes += 1;
+  EXPECT_THROW(Header::decode(header.encode()), std::invalid_argument);
+}
+
 TEST(Header, ManyRowCountsTravelInASecondMessage) {
   Header header = sample();
   header.samples = 200;
@@ -70,6 +81,10 @@ TEST(Header, MalformedWordsAreRefused) {
         EXPECT_LE(header.num_rows, header.samples);
         for (std::int64_t rows : header.rows) EXPECT_GE(rows, 0);
         for (std::int64_t extent : header.shape) EXPECT_GE(extent, 0);
+        EXPECT_GE(header.payload_bytes, 0);
+        EXPECT_LE(header.payload_bytes, Header::kMaxPayloadBytes);
+        EXPECT_GE(header.eager_bytes, 0);
+        EXPECT_LE(header.eager_bytes, Header::kMaxEagerBytes);
       } catch (const std::invalid_argument& error) {
         EXPECT_EQ(std::string(error.what()).find("malformed header: "), 0U);
         ++refused;

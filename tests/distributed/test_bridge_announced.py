@@ -1,0 +1,96 @@
+"""Payload that is sent before the receiver asks for it: with the header where it is small, else its beginning.
+
+What was announced and what was not takes turns here: receives that were posted for nothing must serve a later
+microbatch.
+"""
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+import torch
+from bridge_reference import Case, find, global_gradients, lane_samples, lane_slice, local_tensor
+from launch import launch
+
+import mimo_ext
+
+KIB = 1024
+# Rows of 1 KiB. In turns: with the header, none of it eager, all of it, a part of it, a little, none at all.
+SMALL, EAGER, LARGE, NONE = 1, 40, 700, 0
+SEQUENCE = (SMALL, LARGE, SMALL, EAGER, NONE, LARGE, LARGE, SMALL)
+WITHOUT_GRADIENT = (3, 5)  # microbatches
+CASES = [
+    Case({"ranks": range(1)}, {"ranks": range(1, 2)}, samples=2, hidden=256, name="one to one"),
+    Case({"ranks": range(2), "tp": 2}, {"ranks": range(2, 4), "tp": 2}, samples=2, hidden=256, name="replicas"),
+    Case({"ranks": range(2), "dp": 2}, {"ranks": range(2, 4), "tp": 2}, samples=2, hidden=256, name="fan-in"),
+    Case({"ranks": range(2), "tp": 2}, {"ranks": range(2, 5), "dp": 3}, samples=3, hidden=256, name="fan-out"),
+    Case({"ranks": range(2), "dp": 2}, {"ranks": range(1, 3), "tp": 2}, samples=2, hidden=256, name="shared rank"),
+    Case({"ranks": range(2), "dp": 2}, {"ranks": range(2, 4), "cp": 2}, samples=2, hidden=256, name="cp copies"),
+    Case(
+        {"ranks": range(2), "tp": 2, "sequence_parallel": True},
+        {"ranks": range(2, 4), "tp": 2, "sequence_parallel": True},
+        samples=2,
+        hidden=256,
+        name="shards",
+    ),
+]
+
+
+def exchange(rank: int, world: int, case: Case, ahead: int) -> None:
+    """Every microbatch forward and backward; `ahead` receives are posted before they are needed."""
+    src, dst = case.layouts()
+    bridge = mimo_ext.Bridge(src, dst, ndim=2, dtype=case.dtype, timeout=timedelta(seconds=40))
+    here_src, here_dst = find(src, rank, -1), find(dst, rank, 0)
+    cases = [
+        replace(case, rows=tuple(rows * 2 if index == 0 else rows for index in range(case.samples)))
+        for rows in SEQUENCE
+    ]
+    outgoing = {}
+    posted = []
+
+    def post() -> None:
+        if here_dst is not None and len(posted) < len(cases):
+            posted.append(bridge.irecv_forward())
+
+    for _ in range(ahead):
+        post()
+    for number, now in enumerate(cases):
+        whole = now.global_tensor(number)
+        if here_src is not None:
+            lane, member = here_src
+            x = local_tensor(now, src, whole, lane, member).requires_grad_()
+            first, last = lane_samples(now.samples, lane, len(src.lanes()))
+            bridge.send_forward(x, row_counts=now.row_counts()[first:last])
+            outgoing[number] = x
+        if here_dst is not None:
+            while len(posted) <= number:
+                post()
+            post()
+            got = posted[number].wait()
+            lane, member = here_dst
+            expected = local_tensor(now, dst, whole, lane, member)
+            assert torch.equal(got, expected), f"microbatch {number}, forward"
+            if number in WITHOUT_GRADIENT:
+                bridge.send_backward(None)
+            else:
+                copies = global_gradients(now, dst, number)
+                cp_index = member // dst.tp if len(copies) > 1 else 0
+                bridge.send_backward(local_tensor(now, dst, copies[cp_index], lane, member))
+        if here_src is not None:
+            gradient = bridge.recv_backward()
+            lane, member = here_src
+            if number in WITHOUT_GRADIENT:
+                assert gradient is None
+            else:
+                total = torch.stack(global_gradients(now, dst, number)).sum(0)
+                mine = lane_slice(now, total, lane, len(src.lanes()))
+                expected = local_tensor(now, src, total, lane, member)
+                assert mine.shape[1] == expected.shape[1]
+                assert torch.equal(gradient, expected), f"microbatch {number}, backward"
+    bridge.close()
+
+
+@pytest.mark.parametrize("ahead", [0, 3])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_is_sent_unasked_belongs_to_its_microbatch(case: Case, ahead: int) -> None:
+    launch(exchange, 5, case, ahead, timeout=60)
