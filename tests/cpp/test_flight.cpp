@@ -97,10 +97,12 @@ TEST(FlightRecorder, TheCallerIsBlockedForAsLongAsItSays) {
 
 TEST(FlightRecorder, IsReadWhileOthersWrite) {
   const auto recorder = std::make_unique<FlightRecorder>();
+  constexpr std::int64_t kOperations = 20000;
   std::atomic<std::uint64_t> recorded{0};
   std::atomic<bool> over{false};
+  std::atomic<bool> looked{false};  // the writers do not end before somebody has read beside them
   std::thread caller([&] {
-    for (std::int64_t index = 1; index <= 20000; ++index) {
+    for (std::int64_t index = 1; index <= kOperations || !looked; ++index) {
       // Every field can be computed from the id.
       recorded = recorder->record(index % 2 == 0, index % 3 == 0, 10 * index, 100 * index, 1000 * index);
     }
@@ -127,11 +129,12 @@ TEST(FlightRecorder, IsReadWhileOthersWrite) {
       ASSERT_EQ(entry.posted, 1000 * index);
       ++read;
     }
+    looked = read > 0;
   }
   caller.join();
   worker.join();
   EXPECT_GT(read, 0U);
-  EXPECT_EQ(recorder->entries().back().id, 20000U);
+  EXPECT_EQ(recorder->entries().back().id, recorded);
 }
 
 }  // namespace
