@@ -183,7 +183,9 @@ def _rank_main(
                 ok = True
                 if dist.is_initialized():
                     dist.destroy_process_group()
-                if not leaks and (left := storages.alive(fn.__module__) + before.growth()):
+                # Megatron's classes keep process groups of theirs past destroy_process_group().
+                groups = Path(str(sys.modules[fn.__module__].__file__)).parent.name != "megatron"
+                if not leaks and (left := storages.alive(fn.__module__) + before.growth(groups)):
                     raise AssertionError("left behind: " + "; ".join(left))
             except BaseException:
                 ok, result = False, pickle.dumps((False, traceback.format_exc()))

@@ -21,6 +21,10 @@ from mimo_ext import _groups, flight
 PATIENCE_S = 5.0  # for threads that are about to end
 # Made once by whoever first needs them, and kept for the next time.
 OWN_THREADS = re.compile(r"pt_autograd_\d+|pt_main_thread|cuda-.*|tqdm.*")
+# What a process group of torch's holds. Ours have no run loops, and their devices are counted by themselves.
+OF_GROUPS = re.compile(
+    r"thread (gloo_tcp_loop|pt_gloo_runloop|python)|descriptor (anon_inode|pipe|socket)|process group"
+)
 OWN_DESCRIPTORS = re.compile(r"/dev/(u?random|null|shm/.*)|/proc/.*|/sys/.*")
 
 
@@ -43,11 +47,16 @@ class Level:
         held["bridge"] = len(flight._bridges)
         return cls(+held)
 
-    def growth(self) -> list[str]:
-        """What is there now and was not at this level: "2 x thread mimo-send-fwd". Gives it time to go."""
+    def growth(self, groups: bool = True) -> list[str]:
+        """What is there now and was not at this level: "2 x thread mimo-send-fwd". Gives it time to go.
+
+        `groups`: with what process groups of torch's hold.
+        """
         deadline = time.monotonic() + PATIENCE_S
         while True:
             more = Level.now().held - self.held
+            if not groups:
+                more = Counter({what: count for what, count in more.items() if not OF_GROUPS.fullmatch(what)})
             if not more or time.monotonic() > deadline:
                 return [f"{count} x {what}" for what, count in sorted(more.items())]
             gc.collect()

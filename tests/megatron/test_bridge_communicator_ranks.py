@@ -139,8 +139,7 @@ def with_megatrons_own(rank: int, world_size: int) -> list[str]:
 
 
 def test_a_program_gets_the_values_that_megatrons_own_class_gives() -> None:
-    # Megatron's class keeps its process groups for ever.
-    failures = [failure for rank in launch(with_megatrons_own, WORLD_SIZE, timeout=120, leaks=True) for failure in rank]
+    failures = [failure for rank in launch(with_megatrons_own, WORLD_SIZE, timeout=120) for failure in rank]
     assert not failures, "\n".join(failures)
 
 
