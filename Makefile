@@ -36,6 +36,7 @@ help:
 	@echo "make check-grad weights after training, over many layouts and losses, against one process"
 	@echo "make check-colocated    the same for layouts whose modules share their ranks"
 	@echo "make check-install       a Megatron script that knows nothing of us, on Megatron's classes and on ours"
+	@echo "make check-sanitize      ASan, UBSan and TSan over the C++ tests and over the extension in Python"
 	@echo "make soak      ten minutes (SOAK_SECONDS) of random shapes, delays and layouts: is everything flat?"
 	@echo "make test      all tests: lint, C++, Python, distributed, Megatron"
 	@echo "make bench     the bridge against Megatron's own, on an emulated cluster (needs root): benchmarks/README.md"
@@ -109,6 +110,18 @@ check-grad: $(VENV)/.test $(VENV)/.built
 .PHONY: check-install
 check-install: $(VENV)/.test $(VENV)/.built
 	$(PY) -P tests/megatron/install_program_ranks.py
+
+# C++ tests and the extension in Python under the sanitizers; builds of their own below build/. Only what names our
+# sources counts. Status 77: the compiler has no such sanitizer.
+.PHONY: check-sanitize
+check-sanitize: $(VENV)/.test
+	@sh scripts/require_gtest.sh
+	$(MAKE) -C tests/cpp test
+	$(MAKE) -C tests/cpp test SANITIZE=-fsanitize=thread BUILD=../../build/cpp-thread
+	MIMO_EXT_SANITIZE=address,undefined $(PY) setup.py -q build --build-base build/address --build-lib build/address/lib
+	$(PY) tests/sanitize/run.py address build/address/lib || test $$? -eq 77
+	MIMO_EXT_SANITIZE=thread $(PY) setup.py -q build --build-base build/thread --build-lib build/thread/lib
+	$(PY) tests/sanitize/run.py thread build/thread/lib || test $$? -eq 77
 
 # Values, memory, threads, descriptors and throughput over many microbatches of random shapes.
 .PHONY: soak

@@ -4,6 +4,8 @@ Environment:
     MIMO_EXT_CUDA=auto|0|1   CUDA kernels. auto: when torch is a CUDA build and a toolkit is found; 1 fails without a
     toolkit. MIMO_EXT_WERROR=1        warnings of our own sources are errors (CI). MIMO_EXT_CUDA_ARCHS      semicolon
     list, default "80;90;100". MAX_JOBS                 parallel compilations (a c10d source needs about 0.8 GB).
+    MIMO_EXT_SANITIZE=thread or address,undefined: a build for `make check-sanitize`; the sanitizer's library must be
+    preloaded.
 """
 
 import os
@@ -107,6 +109,10 @@ class Build(BuildExtension):
 # -isystem beats -I for the same folder: only warnings of our own sources are seen.
 SYSTEM = [flag for path in [*include_paths(), sysconfig.get_paths()["include"]] for flag in ("-isystem", path)]
 WERROR = ["-Werror"] if os.environ.get("MIMO_EXT_WERROR") == "1" else []
+SANITIZE = os.environ.get("MIMO_EXT_SANITIZE")
+# UBSan goes on after a report: the log tells all of them.
+SANITIZER = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer"] if SANITIZE else []
+OPTIMIZE = ["-O1", "-g", *SANITIZER] if SANITIZE else ["-O3", "-g0"]
 print(f"mimo_ext: torch {torch.__version__}; CUDA kernels: {'sm_' + ', sm_'.join(ARCHS) if USE_CUDA else 'off'}")
 
 setup(
@@ -119,10 +125,14 @@ setup(
             + ([("MIMO_EXT_WITH_CUDA", "1")] if USE_CUDA else []),
             # c++20 is given explicitly: torch 2.11 would append c++17.
             extra_compile_args={
-                "cxx": ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fopenmp", *WARNINGS, *WERROR, *SYSTEM]
+                "cxx": ["-std=c++20", *OPTIMIZE, "-fvisibility=hidden", "-fopenmp", *WARNINGS, *WERROR, *SYSTEM]
             },
             # Without -fopenmp at::parallel_for is serial in our sources; torch has the same libgomp loaded.
-            extra_link_args=["-fopenmp", *([f"-L{CUDA / 'lib64'}", "-lcudart"] if USE_CUDA and CUDA else [])],
+            extra_link_args=[
+                "-fopenmp",
+                *SANITIZER,
+                *([f"-L{CUDA / 'lib64'}", "-lcudart"] if USE_CUDA and CUDA else []),
+            ],
         )
     ],
     cmdclass={"build_ext": Build},
