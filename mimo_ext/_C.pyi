@@ -9,6 +9,8 @@ from torch.distributed import ProcessGroup
 
 TORCH_VERSION: str
 WITH_CUDA: bool
+WIRE_VERSION: int
+MAX_CHUNKS: int
 
 class BridgeError(RuntimeError): ...
 class BridgeTimeoutError(BridgeError): ...
@@ -122,6 +124,7 @@ class Microbatch:
     def rows_per_sample(self) -> int: ...
     @property
     def row_shards(self) -> RowShards | None: ...
+    def check(self) -> None: ...
 
 class Links:
     def __init__(

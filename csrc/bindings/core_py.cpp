@@ -4,7 +4,9 @@
 #include <cmath>
 
 #include "bindings/bindings.h"
+#include "comm/header.h"
 #include "core/layout.h"
+#include "core/limits.h"
 #include "core/plan.h"
 #include "core/row_shards.h"
 #include "core/stages.h"
@@ -67,8 +69,14 @@ py::tuple shape_tuple(const std::array<std::int64_t, core::kMaxDims>& shape, int
   return out;
 }
 
+/// What is no number, or far out of range, becomes a value that Links::check() refuses.
+std::int64_t rounded(double value) {
+  constexpr auto kMost = static_cast<double>(core::kMaxLinkValue);
+  return std::abs(value) <= kMost ? std::llround(value) : value > 0 ? core::kMaxLinkValue + 1 : -1;
+}
+
 std::int64_t nanos(double seconds) {
-  return static_cast<std::int64_t>(std::llround(seconds * 1e9));
+  return rounded(seconds * 1e9);
 }
 
 core::PlanOptions plan_options(int max_chunks, std::int64_t min_chunk_bytes, const std::string& path,
@@ -80,7 +88,7 @@ void register_links(py::module_& m) {
   py::class_<core::Links>(m, "Links",
                           "What a plan takes the links of every rank to be, in bytes per second and seconds.")
       .def(py::init([](double nic, double host, double latency, double overhead, int ranks_per_host) {
-             core::Links links{std::llround(nic), std::llround(host), nanos(latency), nanos(overhead), ranks_per_host};
+             core::Links links{rounded(nic), rounded(host), nanos(latency), nanos(overhead), ranks_per_host};
              links.check();
              return links;
            }),
@@ -125,6 +133,7 @@ void register_plan(py::module_& m) {
           [](const Microbatch& microbatch) {
             return std::const_pointer_cast<core::RowShards>(microbatch.row_shards);  // immutable: no method changes it
           })
+      .def("check", &Microbatch::check, "ValueError where its numbers do not fit together, or are too large.")
       .def("__eq__", [](const Microbatch& a, const Microbatch& b) { return a == b; })
       .def("__hash__", [](const Microbatch& microbatch) { return static_cast<py::ssize_t>(microbatch.hash() >> 1); });
 
@@ -207,7 +216,16 @@ void register_core(py::module_& m) {
       .def_readonly("sequence_parallel", &Boundary::sequence_parallel)
       .def_property_readonly("cp_placement", [](const Boundary& b) { return core::to_string(b.cp_placement); })
       .def("find", &Boundary::find, py::arg("rank"), "(lane, member) of a global rank; (-1, -1) where it is not here.")
-      .def("shard_of", &Boundary::shard_of, py::arg("member"))
+      .def(
+          "shard_of",
+          [](const Boundary& b, int member) {
+            if (member < 0 || member >= b.lane_size()) {
+              throw py::index_error("layout of module '" + b.module + "': expected a member below " +
+                                    std::to_string(b.lane_size()) + ", got " + std::to_string(member));
+            }
+            return b.shard_of(member);
+          },
+          py::arg("member"))
       .def(
           "runs_of_shard",
           [](const Boundary& b, int shard, std::int64_t extent) {
@@ -233,6 +251,8 @@ void register_core(py::module_& m) {
   register_links(m);
   register_plan(m);
 
+  m.attr("WIRE_VERSION") = comm::Header::kVersion;
+  m.attr("MAX_CHUNKS") = core::kMaxChunks;
   m.def("hash_of", &core::hash_of, py::arg("source"), py::arg("destination"));
   m.def(
       "longest_path",

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "bindings/bindings.h"
+#include "core/limits.h"
 #include "core/row_shards.h"
 
 namespace mimo_ext::bindings {
@@ -38,6 +39,11 @@ std::vector<Interval> intervals_of(const Boundary& boundary, std::int64_t length
   return intervals;
 }
 
+/// Of `count` samples from `first` on; a first one that is out of range is refused by RowShards.
+std::int64_t end_of(std::int64_t first, std::int64_t count) {
+  return first < 0 || first > core::kMaxRowCounts ? count : first + count;
+}
+
 std::shared_ptr<RowShards> from_mask(const at::Tensor& mask, int tp, int cp, bool sequence_parallel,
                                      const std::string& cp_placement, std::int64_t first_sample,
                                      std::optional<std::int64_t> num_samples) {
@@ -53,7 +59,15 @@ std::shared_ptr<RowShards> from_mask(const at::Tensor& mask, int tp, int cp, boo
   if (cp > 1 && boundary.cp_placement == core::CpPlacement::kReplicated) {
     bad("cp_placement: expected 'zigzag' or 'contiguous' where cp > 1, got 'replicated'");
   }
+  if (std::int64_t{tp} * cp > core::kMaxRanks) {
+    bad("expected at most " + std::to_string(core::kMaxRanks) + " ranks, got tp=" + std::to_string(tp) +
+        " times cp=" + std::to_string(cp));
+  }
   const std::int64_t length = mask.size(1);
+  if (length > core::kMaxElements || mask.size(0) > core::kMaxRowCounts) {
+    bad("expected at most " + std::to_string(core::kMaxRowCounts) + " samples, got a mask of " +
+        std::to_string(mask.size(0)) + " of " + std::to_string(length) + " positions");
+  }
   const std::int64_t chunks = boundary.cp_placement == core::CpPlacement::kZigzag && cp > 1 ? 2 * cp : cp;
   const std::int64_t parts = sequence_parallel ? tp : 1;
   if (length % chunks != 0 || length / cp % parts != 0) {
@@ -72,14 +86,19 @@ std::shared_ptr<RowShards> from_mask(const at::Tensor& mask, int tp, int cp, boo
     }
     data += length;
   }
-  return std::make_shared<RowShards>(segments, boundary.num_shards(), num_samples.value_or(first_sample + rows.size(0)),
-                                     first_sample);
+  return std::make_shared<RowShards>(segments, boundary.num_shards(),
+                                     num_samples.value_or(end_of(first_sample, rows.size(0))), first_sample);
 }
 
 /// The range of samples that was asked for; all known ones by default.
 std::pair<std::int64_t, std::int64_t> range(const RowShards& shards, std::optional<std::int64_t> first,
                                             std::optional<std::int64_t> last) {
-  return {first.value_or(shards.first_known()), last.value_or(shards.last_known())};
+  const std::pair asked(first.value_or(shards.first_known()), last.value_or(shards.last_known()));
+  if (asked.first < 0 || asked.second > shards.num_samples()) {
+    throw std::invalid_argument("row shards: expected samples of [0, " + std::to_string(shards.num_samples()) +
+                                "), got [" + std::to_string(asked.first) + ", " + std::to_string(asked.second) + ")");
+  }
+  return asked;
 }
 
 }  // namespace
@@ -113,7 +132,7 @@ Raises:
              for (std::size_t sample = 0; sample < segments.size(); ++sample) {
                for (const auto& [shard, rows] : segments[sample]) of_samples[sample].push_back({shard, rows});
              }
-             const auto end = first_sample + static_cast<std::int64_t>(segments.size());
+             const auto end = end_of(first_sample, static_cast<std::int64_t>(segments.size()));
              return std::make_shared<RowShards>(of_samples, num_shards, num_samples.value_or(end), first_sample);
            }),
            py::arg("segments"), py::arg("num_shards"), py::arg("num_samples") = std::nullopt,
@@ -160,7 +179,8 @@ Raises:
           "segments",
           [](const RowShards& shards, std::int64_t sample) {
             std::vector<std::pair<int, std::int64_t>> line;
-            for (const Segment& s : shards.segments(sample, sample + 1)) line.emplace_back(s.shard, s.rows);
+            const auto [first, last] = range(shards, sample, sample < shards.num_samples() ? sample + 1 : sample);
+            for (const Segment& s : shards.segments(first, last)) line.emplace_back(s.shard, s.rows);
             return line;
           },
           py::arg("sample"), "[(shard, rows), ...] of a sample, in row order; no empty ones, and no two of one shard.")

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "comm/channel_jobs.h"
+#include "core/limits.h"
 
 namespace mimo_ext::comm {
 
@@ -180,6 +181,11 @@ core::Microbatch Channel::combine(const std::vector<Header>& headers) const {
   }
   if (config_.ndim == 3 || !ragged) return microbatch;
   microbatch.rows_per_sample = 1;
+  if (microbatch.samples > core::kMaxRowCounts) {  // before anything is allocated for them
+    throw std::invalid_argument("module '" + sender_.module + "': expected row counts of at most " +
+                                std::to_string(core::kMaxRowCounts) + " samples, got " +
+                                std::to_string(microbatch.samples));
+  }
   microbatch.rows.assign(static_cast<std::size_t>(microbatch.samples), core::kUnknownRows);
   const int first_lane = core::Plan::lanes_met(receiver_lane_, receiver_.num_lanes(), sender_.num_lanes()).first;
   for (std::size_t index = 0; index < headers.size(); ++index) {

@@ -2,9 +2,12 @@
 
 #include <ATen/Functions.h>
 
+#include <algorithm>
 #include <numeric>
 #include <sstream>
 #include <stdexcept>
+
+#include "core/limits.h"
 
 namespace mimo_ext::comm {
 
@@ -13,7 +16,7 @@ namespace {
 /// Rows of the whole sequence axis when a member holds `local` of them. Uneven shards cannot be told from one of them.
 std::int64_t whole_rows(const core::Boundary& boundary, int member, std::int64_t local) {
   if (!boundary.sharded()) return local;
-  const std::int64_t whole = local * boundary.num_shards();
+  const std::int64_t whole = core::saturating_mul(local, boundary.num_shards());
   std::int64_t rows = 0;
   for (const core::Run& run : boundary.runs_of_shard(boundary.shard_of(member), whole)) rows += run.length;
   if (rows != local) {
@@ -49,7 +52,10 @@ class Describe {
     std::int64_t rows = 0;
     for (std::int64_t count : counts) {
       if (count < 0) bad("row_counts must not be negative, got " + std::to_string(count));
-      rows += count;
+      rows = core::saturating_add(rows, count);
+    }
+    if (rows > core::kMaxElements) {
+      bad("row_counts: expected at most " + std::to_string(core::kMaxElements) + " rows, got " + std::to_string(rows));
     }
     std::int64_t held = rows;
     if (holder_.sharded()) {
@@ -64,6 +70,10 @@ class Describe {
           std::to_string(x.size(0)) + " rows");
     }
     set_samples(static_cast<std::int64_t>(counts.size()), num_samples, "row_counts");
+    if (microbatch_.samples > core::kMaxRowCounts) {
+      bad("expected row_counts of at most " + std::to_string(core::kMaxRowCounts) + " samples in all lanes, got " +
+          std::to_string(microbatch_.samples));
+    }
     microbatch_.shape = {1, x.size(1), 1};
     microbatch_.rows.assign(static_cast<std::size_t>(microbatch_.samples), core::kUnknownRows);
     const auto first = static_cast<std::ptrdiff_t>(microbatch_.lane_begin(lane_, lanes_));
@@ -78,6 +88,7 @@ class Describe {
     const std::int64_t parts =
         std::lcm(std::int64_t{config_.source.num_lanes()}, std::int64_t{config_.destination.num_lanes()});
     microbatch_.samples = num_samples.value_or(parts);
+    check_samples();
     const std::int64_t mine = microbatch_.lane_begin(lane_ + 1, lanes_) - microbatch_.lane_begin(lane_, lanes_);
     if (mine == 0 ? rows != 0 : rows % mine != 0) {
       bad("expected a number of rows that splits evenly into " + std::to_string(mine) +
@@ -91,12 +102,20 @@ class Describe {
 
  private:
   void set_samples(std::int64_t mine, std::optional<std::int64_t> num_samples, const std::string& what) {
-    microbatch_.samples = num_samples.value_or(mine * lanes_);
+    microbatch_.samples = num_samples.value_or(core::saturating_mul(mine, lanes_));
+    check_samples();
     const std::int64_t expected = microbatch_.lane_begin(lane_ + 1, lanes_) - microbatch_.lane_begin(lane_, lanes_);
     if (expected != mine) {
       bad("lane " + std::to_string(lane_) + " of " + std::to_string(lanes_) + " has " + std::to_string(expected) +
           " of " + std::to_string(microbatch_.samples) + " samples, got " + std::to_string(mine) + " " + what);
     }
+  }
+
+  /// Before they are multiplied.
+  void check_samples() const {
+    if (microbatch_.samples <= core::kMaxSamples) return;
+    bad("expected at most " + std::to_string(core::kMaxSamples) + " samples in all lanes, got " +
+        std::to_string(microbatch_.samples));
   }
 
   [[noreturn]] void bad(const std::string& what) const {
@@ -182,6 +201,8 @@ void check_tensor(const BridgeConfig& config, const at::Tensor& x, const std::st
     problem << "expected a CPU tensor (this bridge runs over gloo), got device " << x.device();
   } else if (x.dim() != config.ndim) {
     problem << "expected a tensor of " << config.ndim << " axes, got shape " << x.sizes();
+  } else if (std::any_of(x.sizes().begin(), x.sizes().end(), [](auto size) { return size > core::kMaxElements; })) {
+    problem << "expected axes of at most " << core::kMaxElements << ", got shape " << x.sizes();
   } else if (x.scalar_type() != config.dtype) {
     problem << "expected dtype " << config.dtype << ", got " << x.scalar_type();
   } else {

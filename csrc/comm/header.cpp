@@ -3,14 +3,15 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "core/limits.h"
+
 namespace mimo_ext::comm {
 
 namespace {
 
-constexpr std::int64_t kVersion = 3;
 constexpr std::int64_t kNoGradient = 1;
 constexpr std::int64_t kExpectsBackward = 2;
-constexpr std::int64_t kMaxExtent = std::int64_t{1} << 48;
+constexpr std::int64_t kMaxExtent = core::kMaxElements;
 
 [[noreturn]] void bad(const std::string& what) {
   throw std::invalid_argument("malformed header: " + what);
@@ -85,14 +86,14 @@ Header Header::decode(const Words& words) {
     check_range("an extent", header.shape[axis], kMaxExtent);
   }
   header.samples = words[10];
-  check_range("samples", header.samples, kMaxSamples);
+  check_range("samples", header.samples, core::kMaxSamples);
   header.rows_per_sample = words[11];
   check_range("rows_per_sample", header.rows_per_sample, kMaxExtent);
   if (header.samples > 0 && header.rows_per_sample > kMaxExtent / header.samples) {
     bad(std::to_string(header.samples) + " samples of " + std::to_string(header.rows_per_sample) + " rows");
   }
   header.num_rows = words[12];
-  check_range("the number of row counts", header.num_rows, header.samples);
+  check_range("the number of row counts", header.num_rows, std::min(header.samples, core::kMaxRowCounts));
   if (!header.has_extension()) {
     const auto begin = words.begin() + kFixedWords;
     header.rows.assign(begin, begin + header.num_rows);

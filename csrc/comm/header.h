@@ -16,6 +16,7 @@ namespace mimo_ext::comm {
 
 struct Header {
   static constexpr std::int64_t kMagic = 0x4d494d4f45585431;  // "MIMOEXT1"
+  static constexpr std::int64_t kVersion = 3;
   static constexpr std::size_t kWords = 64;
   static constexpr std::size_t kFixedWords = 17;
   static constexpr std::size_t kInlineRows = kWords - kFixedWords;
@@ -23,7 +24,6 @@ struct Header {
   static constexpr std::int64_t kMaxPayloadBytes = 16384;
   static constexpr std::size_t kMaxWords = kWords + kMaxPayloadBytes / 8;
   static constexpr std::int64_t kUnpaired = -1;  ///< `forward_sequence` of a gradient sent before its microbatch came
-  static constexpr std::int64_t kMaxSamples = std::int64_t{1} << 32;
   static constexpr std::int64_t kMaxEagerBytes = 262144;
   using Words = std::array<std::int64_t, kWords>;
 

@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <unordered_set>
 
+#include "core/limits.h"
+
 namespace mimo_ext::core {
 
 namespace {
@@ -22,7 +24,7 @@ bool is_known(const std::string& dim) {
 
 /// Part `index` of `parts` nearly equal contiguous parts of [0, extent).
 std::pair<std::int64_t, std::int64_t> part(std::int64_t extent, std::int64_t index, std::int64_t parts) {
-  return {extent * index / parts, extent * (index + 1) / parts};
+  return {share(extent, index, parts), share(extent, index + 1, parts)};
 }
 
 }  // namespace
@@ -64,6 +66,11 @@ std::vector<int> Boundary::members_of_shard(int shard) const {
 }
 
 std::vector<Run> Boundary::runs_of_shard(int shard, std::int64_t extent) const {
+  if (shard < 0 || shard >= num_shards() || extent < 0 || extent > kMaxElements) {
+    throw std::out_of_range(quoted(module) + ": expected a shard below " + std::to_string(num_shards()) +
+                            " and an extent of 0.." + std::to_string(kMaxElements) + ", got shard " +
+                            std::to_string(shard) + " of an extent of " + std::to_string(extent));
+  }
   const int tp_parts = sequence_parallel ? tp : 1;
   const int cp_part = shard / tp_parts;
   std::vector<std::pair<std::int64_t, std::int64_t>> chunks;
@@ -119,8 +126,12 @@ Layout::Layout(std::vector<int> ranks, std::vector<std::pair<std::string, int>> 
       throw std::invalid_argument(who + ": unknown dim '" + dim + "' of size " + std::to_string(size) +
                                   "; expected tp, cp, dp, pp or gtp_remat");
     }
-    product *= size;
+    product = saturating_mul(product, size);
     text += (text.empty() ? "" : " * ") + dim + "=" + std::to_string(size);
+  }
+  if (static_cast<std::int64_t>(ranks_.size()) > kMaxRanks) {
+    throw std::invalid_argument(who + ": expected at most " + std::to_string(kMaxRanks) + " ranks, got " +
+                                std::to_string(ranks_.size()));
   }
   if (product != static_cast<std::int64_t>(ranks_.size())) {
     throw std::invalid_argument(who + ": " + (text.empty() ? "1" : text) + " needs " + std::to_string(product) +
@@ -144,7 +155,7 @@ int Layout::size_of(const std::string& dim) const {
 
 Boundary Layout::boundary(int stage) const {
   const int pp = size_of("pp");
-  const int wanted = stage < 0 ? stage + pp : stage;
+  const int wanted = stage < 0 ? stage + pp : stage;  // a negative and a positive number: no overflow
   if (wanted < 0 || wanted >= pp) {
     throw std::out_of_range(quoted(name_) + ": pipeline stage " + std::to_string(stage) + " of " + std::to_string(pp));
   }

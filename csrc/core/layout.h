@@ -48,10 +48,12 @@ struct Boundary {
   bool sharded() const { return num_shards() > 1; }
   /// Number of different parts in which the members of a lane hold the sequence axis (1: all are replicas).
   int num_shards() const;
+  /// Of 0 <= member < lane_size().
   int shard_of(int member) const;
   /// The replicas of a shard, by member index, ascending.
   std::vector<int> members_of_shard(int shard) const;
-  /// The rows of a sequence axis of `extent` rows that the replicas of `shard` hold, in local order.
+  /// The rows of a sequence axis of `extent` rows that the replicas of `shard` hold, in local order. Throws
+  /// std::out_of_range for another shard or extent.
   std::vector<Run> runs_of_shard(int shard, std::int64_t extent) const;
   /// (lane, member) of a global rank; lane is -1 where the rank is not here.
   std::pair<int, int> find(int rank) const;

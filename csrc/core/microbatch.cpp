@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/hash.h"
+#include "core/limits.h"
 
 namespace mimo_ext::core {
 
@@ -28,10 +29,10 @@ std::vector<Box> cut(const Box& box, int parts) {
     finer.reserve(boxes.size() * static_cast<std::size_t>(pieces));
     for (const Box& whole : boxes) {
       for (int piece = 0; piece < pieces; ++piece) {
-        const std::int64_t from = whole.size[axis] * piece / pieces;
+        const std::int64_t from = share(whole.size[axis], piece, pieces);
         Box& part = finer.emplace_back(whole);
         part.start[axis] += from;
-        part.size[axis] = whole.size[axis] * (piece + 1) / pieces - from;
+        part.size[axis] = share(whole.size[axis], piece + 1, pieces) - from;
       }
     }
     boxes = std::move(finer);
@@ -104,6 +105,12 @@ void Microbatch::check() const {
   const auto bad = [](const std::string& what) { throw std::invalid_argument("microbatch: " + what); };
   if (ndim != 2 && ndim != 3) bad("expected 2 or 3 axes, got " + std::to_string(ndim));
   if (samples < 0) bad("expected samples >= 0, got " + std::to_string(samples));
+  if (samples > kMaxSamples) {
+    bad("expected at most " + std::to_string(kMaxSamples) + " samples, got " + std::to_string(samples));
+  }
+  if (element_size < 1 || element_size > kMaxElementSize) {
+    bad("expected elements of 1.." + std::to_string(kMaxElementSize) + " bytes, got " + std::to_string(element_size));
+  }
   for (int axis : {batch_dim, seq_dim}) {
     if (axis < 0 || axis >= ndim) bad("axis " + std::to_string(axis) + " of a tensor of " + std::to_string(ndim));
   }
@@ -120,12 +127,17 @@ void Microbatch::check() const {
     if (static_cast<std::int64_t>(rows.size()) != samples) {
       bad("expected " + std::to_string(samples) + " row counts, got " + std::to_string(rows.size()));
     }
+    if (samples > kMaxRowCounts) {
+      bad("expected row counts of at most " + std::to_string(kMaxRowCounts) + " samples, got " +
+          std::to_string(samples));
+    }
     for (std::int64_t count : rows) {
       if (count < kUnknownRows) bad("a sample has " + std::to_string(count) + " rows");
     }
   } else if (rows_per_sample < 0) {
     bad("rows_per_sample is " + std::to_string(rows_per_sample));
   }
+  check_volume();
   if (row_shards != nullptr) {
     if (ndim != 2) bad("row shards are for 2-D tensors, got " + std::to_string(ndim) + " axes");
     if (row_shards->num_samples() != samples) {
@@ -140,6 +152,29 @@ void Microbatch::check() const {
       }
     }
   }
+}
+
+void Microbatch::check_volume() const {
+  std::int64_t along_batch = samples;
+  if (ragged()) {
+    along_batch = 0;
+    for (std::int64_t count : rows) along_batch = saturating_add(along_batch, std::max<std::int64_t>(0, count));
+  } else if (ndim == 2) {
+    along_batch = saturating_mul(samples, rows_per_sample);
+  }
+  std::int64_t volume = along_batch;
+  std::int64_t longest = along_batch;
+  std::string text;
+  for (int axis = 0; axis < ndim; ++axis) {
+    const std::int64_t extent = axis == batch_dim ? along_batch : shape[static_cast<std::size_t>(axis)];
+    text += (axis > 0 ? ", " : "") + std::to_string(extent);
+    if (axis != batch_dim) volume = saturating_mul(volume, extent);
+    longest = std::max(longest, extent);
+  }
+  // Where one axis is empty the others are still added up and cut.
+  if (volume <= kMaxElements && longest <= kMaxElements) return;
+  throw std::invalid_argument("microbatch: expected at most " + std::to_string(kMaxElements) +
+                              " elements in all lanes together, got [" + text + "]");
 }
 
 std::optional<std::int64_t> extent_if_known(const Microbatch& microbatch, std::int64_t first, std::int64_t last) {

@@ -59,12 +59,15 @@ struct Microbatch {
   /// Gives what does not count one value: microbatches of the same messages are equal. Row counts are taken from
   /// row_shards where they are not given.
   void normalize();
-  /// Throws std::invalid_argument for axes, extents or row counts that do not fit together.
+  /// Throws std::invalid_argument for axes, extents or row counts that do not fit together, or that are too large.
   void check() const;
   /// Of everything, the same on every machine: one pass over the row counts.
   std::uint64_t hash() const;
 
   bool operator==(const Microbatch& other) const;
+
+ private:
+  void check_volume() const;
 };
 
 /// The extent of samples [first, last) along the batch axis; none where it needs an unknown row count.

@@ -67,11 +67,24 @@ RankPlan Plan::for_places(std::pair<int, int> as_sender, std::pair<int, int> as_
   return plan;
 }
 
+namespace {
+
+void check_place(const Boundary& boundary, int lane, int member) {
+  if (lane >= 0 && lane < boundary.num_lanes() && member >= 0 && member < boundary.lane_size()) return;
+  throw std::out_of_range("module '" + boundary.module + "': expected one of " + std::to_string(boundary.num_lanes()) +
+                          " lanes of " + std::to_string(boundary.lane_size()) + " ranks, got lane " +
+                          std::to_string(lane) + ", member " + std::to_string(member));
+}
+
+}  // namespace
+
 std::array<std::int64_t, kMaxDims> Plan::sender_shape(int lane, int member) const {
+  check_place(sender(), lane, member);
   return local_shape(sender(), microbatch_, lane, member, sender_shards());
 }
 
 std::array<std::int64_t, kMaxDims> Plan::receiver_shape(int lane, int member) const {
+  check_place(receiver(), lane, member);
   return local_shape(receiver(), microbatch_, lane, member, receiver_shards());
 }
 

@@ -56,6 +56,7 @@ class Plan {
   /// only.
   RankPlan for_rank(int rank, bool as_sender = true, bool as_receiver = true) const;
   /// Shape of the tensor that a rank holds as a sender or as a receiver. Needs the row counts of that rank's lane.
+  /// Throws std::out_of_range for another lane or member.
   std::array<std::int64_t, kMaxDims> sender_shape(int lane, int member) const;
   std::array<std::int64_t, kMaxDims> receiver_shape(int lane, int member) const;
 

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "core/hash.h"
+#include "core/limits.h"
 #include "core/microbatch.h"
 
 namespace mimo_ext::core {
@@ -15,11 +16,17 @@ RowShards::RowShards(const std::vector<std::vector<Segment>>& segments, int num_
   const auto bad = [](const std::string& what) { throw std::invalid_argument("row shards: " + what); };
   const auto known = static_cast<std::int64_t>(segments.size());
   if (num_shards < 1) bad("expected a positive number of shards, got " + std::to_string(num_shards));
-  if (first_sample < 0 || num_samples < 0 || first_sample > num_samples - known) {
+  if (first_sample < 0 || first_sample > kMaxRowCounts || num_samples < 0 || num_samples > kMaxRowCounts ||
+      known > kMaxRowCounts) {
+    bad("expected at most " + std::to_string(kMaxRowCounts) + " samples, got " + std::to_string(num_samples) +
+        ", of which " + std::to_string(known) + " from sample " + std::to_string(first_sample) + " on");
+  }
+  if (first_sample > num_samples - known) {
     bad("expected samples of [0, " + std::to_string(num_samples) + "), got [" + std::to_string(first_sample) + ", " +
         std::to_string(first_sample + known) + ")");
   }
   offsets_.reserve(segments.size() + 1);
+  std::int64_t total = 0;
   for (std::size_t index = 0; index < segments.size(); ++index) {
     for (const Segment& segment : segments[index]) {
       if (segment.shard < 0 || segment.shard >= num_shards || segment.rows < 0) {
@@ -28,6 +35,11 @@ RowShards::RowShards(const std::vector<std::vector<Segment>>& segments, int num_
             " rows of shard " + std::to_string(segment.shard));
       }
       if (segment.rows == 0) continue;
+      total = saturating_add(total, segment.rows);
+      if (total > kMaxElements) {
+        bad("expected at most " + std::to_string(kMaxElements) + " rows, got more with sample " +
+            std::to_string(first_sample + static_cast<std::int64_t>(index)));
+      }
       if (segments_.size() > offsets_.back() && segments_.back().shard == segment.shard) {
         segments_.back().rows += segment.rows;
       } else {
@@ -55,7 +67,7 @@ void RowShards::require(std::int64_t first, std::int64_t last) const {
 }
 
 std::int64_t RowShards::rows(std::int64_t sample) const {
-  if (!knows(sample, sample + 1)) return kUnknownRows;
+  if (sample < first_known() || sample >= last_known()) return kUnknownRows;
   std::int64_t total = 0;
   for (std::size_t index = offset(sample); index < offset(sample + 1); ++index) total += segments_[index].rows;
   return total;
@@ -89,7 +101,7 @@ std::uint64_t RowShards::hash(std::int64_t first, std::int64_t last) const {
   require(first, last);
   Fnv fnv;
   fnv.add(num_shards_);
-  fnv.add(std::max<std::int64_t>(0, last - first));
+  fnv.add(first < last ? last - first : 0);
   for (std::int64_t sample = first; sample < last; ++sample) {
     fnv.add(static_cast<std::int64_t>(offset(sample + 1) - offset(sample)));
     for (std::size_t index = offset(sample); index < offset(sample + 1); ++index) {

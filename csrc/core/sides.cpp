@@ -26,6 +26,12 @@ void check_boundary(const Boundary& boundary, const char* side) {
   if (boundary.lanes.empty()) {
     throw std::invalid_argument(std::string(side) + " of the bridge ('" + boundary.module + "') has no ranks");
   }
+  for (const auto& lane : boundary.lanes) {
+    if (static_cast<std::int64_t>(lane.size()) == std::int64_t{boundary.tp} * boundary.cp && !lane.empty()) continue;
+    throw std::invalid_argument(std::string(side) + " of the bridge ('" + boundary.module + "'): expected lanes of " +
+                                std::to_string(boundary.tp) + " * " + std::to_string(boundary.cp) + " ranks, got " +
+                                std::to_string(lane.size()));
+  }
 }
 
 }  // namespace

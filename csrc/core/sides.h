@@ -12,7 +12,7 @@ namespace mimo_ext::core {
 /// Immutable; shared by all plans of a bridge.
 class Sides {
  public:
-  /// Throws std::invalid_argument for a side without ranks.
+  /// Throws std::invalid_argument for a side without ranks, or with lanes of other than tp * cp ranks.
   Sides(Boundary source, Boundary destination);
 
   const Boundary& source() const { return source_; }

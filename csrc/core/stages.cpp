@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <stdexcept>
 
+#include "core/limits.h"
+
 namespace mimo_ext::core {
 namespace {
 
@@ -22,7 +24,7 @@ void check(std::span<const std::int64_t> weights, std::span<const std::vector<in
   }
   std::vector<std::size_t> listed_by(count, count);  // the last node that listed each one
   for (std::size_t node = 0; node < count; ++node) {
-    if (weights[node] < 0) {
+    if (weights[node] < 0 || weights[node] > kMaxStages) {
       throw std::invalid_argument("topology: module " + names[node] + " has " + std::to_string(weights[node]) +
                                   " pipeline stages");
     }

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "comm/header.h"
+#include "core/limits.h"
 
 namespace mimo_ext::comm {
 namespace {
@@ -98,11 +99,11 @@ TEST(Header, RowsThatOverflowAreRefused) {
   Header header = sample();
   header.rows.clear();
   header.num_rows = 0;
-  header.samples = Header::kMaxSamples;
+  header.samples = core::kMaxSamples;
   header.rows_per_sample = std::int64_t{1} << 40;  // each is in range, their product is not
   EXPECT_THROW(Header::decode(header.encode()), std::invalid_argument);
   header.rows_per_sample = 1;
-  EXPECT_EQ(Header::decode(header.encode()).samples, Header::kMaxSamples);
+  EXPECT_EQ(Header::decode(header.encode()).samples, core::kMaxSamples);
 }
 
 TEST(Header, OtherVersionsAreNamed) {
