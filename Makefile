@@ -39,6 +39,7 @@ help:
 	@echo "make check-sanitize      ASan, UBSan and TSan over the C++ tests and over the extension in Python"
 	@echo "make soak      ten minutes (SOAK_SECONDS) of random shapes, delays and layouts: is everything flat?"
 	@echo "make test      all tests: lint, C++, Python, distributed, Megatron"
+	@echo "make fuzz      headers, plans and row shards of any numbers, millions of them (needs clang with libFuzzer)"
 	@echo "make bench     the bridge against Megatron's own, on an emulated cluster (needs root): benchmarks/README.md"
 	@echo "make figures   the README's figures and picture, made of benchmarks/results"
 	@echo "make build     set up and install the extension into $(VENV)"
@@ -151,13 +152,29 @@ figures: $(VENV)/.example $(VENV)/.built
 test: export MIMO_EXT_WERROR = 1
 test: export MIMO_EXT_MEGATRON_BRIDGE = $(VENV)/megatron-bridge
 test: $(VENV)/.test $(VENV)/.bridge $(VENV)/.built
-	@$(MAKE) --no-print-directory lint test-cpp
+	@$(MAKE) --no-print-directory lint test-cpp fuzz-smoke
 	$(PY) -P -m pytest tests $(PYTEST_ARGS)
 
 .PHONY: test-cpp
 test-cpp:
 	@sh scripts/require_gtest.sh
 	$(MAKE) -C tests/cpp test
+
+# What comes from users and peers, under libFuzzer with ASan and UBSan: RUNS inputs for each target. The short form is
+# a part of the tests wherever there is a clang with libFuzzer.
+RUNS ?= 5000000
+
+.PHONY: fuzz
+fuzz:
+	$(MAKE) -C tests/cpp/fuzz long RUNS_EACH=$(RUNS)
+
+.PHONY: fuzz-smoke
+fuzz-smoke:
+	@if $(MAKE) -s -C tests/cpp/fuzz available; then \
+		$(MAKE) -C tests/cpp/fuzz smoke; \
+	else \
+		echo "SKIPPED: fuzzing; needs clang++ with libFuzzer (Debian: apt-get install clang libclang-rt-14-dev)"; \
+	fi
 
 .PHONY: lint
 lint: $(VENV)/.test
