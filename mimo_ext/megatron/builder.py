@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from mimo_ext._bytes import all_gather_ints
 from mimo_ext.megatron.config import MimoParallelismConfig
 
 EXPERT_VIEW_NAME = "expert"
@@ -172,8 +173,7 @@ def _groups_of_one_pipeline(pp_group: Any) -> tuple[dist.ProcessGroup | None, di
 
 def _check_equal_group_counts(pp_group: dist.ProcessGroup) -> None:
     """torch names a group that is made without the world after its ranks and the number of groups made before."""
-    counts: list[Any] = [None] * pp_group.size()
-    dist.all_gather_object(counts, len(dist.distributed_c10d._world.pg_names), group=pp_group)
+    counts = all_gather_ints(len(dist.distributed_c10d._world.pg_names), pp_group)
     if len(set(counts)) > 1:
         ranks = dist.get_process_group_ranks(pp_group)
         raise RuntimeError(
