@@ -4,11 +4,10 @@ The root of the package needs torch only; `mimo_ext.megatron` is the layer for M
 """
 
 from ._extension import has_cuda
+from ._version import __version__
 from .bridge import Bridge, BridgeError, BridgeTimeoutError, Handle, bridge
 from .layout import Layout, Plan
 from .row_shards import RowShards
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Bridge",
@@ -18,6 +17,7 @@ __all__ = [
     "Layout",
     "Plan",
     "RowShards",
+    "__version__",
     "bridge",
     "has_cuda",
 ]

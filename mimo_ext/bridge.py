@@ -11,11 +11,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ._arguments import axes_of, digest_of
+from ._arguments import (
+    INT64_MAX,
+    axes_of,
+    boundary_of,
+    check_device,
+    check_group,
+    check_ranks,
+    checked_int,
+    checked_ints,
+    checked_timeout,
+    checked_type,
+    digest_of,
+    links_of,
+)
 from ._extension import _C
 from ._groups import Groups
 from ._leftovers import finish_leftovers_at_exit
 from ._setup import Setup, ranks_of, refuse_bridge
+from ._version import library_text
 from .flight import watch
 from .layout import PATHS, Layout, Plan
 from .row_shards import RowShards
@@ -131,9 +145,8 @@ class Bridge:
         name: str | None = None,
         setup: Setup | None = None,
     ) -> None:
-        self.src, self.dst = src, dst
-        self.name = name or f"{src.name or 'source'} -> {dst.name or 'destination'}"
-        self.dtype, self.ndim = dtype, ndim
+        names = [getattr(side, "name", "") for side in (src, dst)]
+        self.name = name or f"{names[0] or 'source'} -> {names[1] or 'destination'}"
         self._communicator: _C.Communicator | None = None
         self._groups: Groups | None = None
         self._flight: dict[str, Any] = {}
@@ -141,46 +154,41 @@ class Bridge:
         if not dist.is_initialized():
             raise RuntimeError(f"bridge '{self.name}': torch.distributed is not initialized")
         self.rank = dist.get_rank()
+        where = f"bridge '{self.name}', rank {self.rank}"
+        check_group(where, group)
         try:
-            if torch.device(device).type != "cpu":
-                raise NotImplementedError(
-                    f"bridge '{self.name}': device {str(device)!r} is not supported yet; "
-                    "tensors must be on the CPU (gloo)"
-                )
-            self.batch_dim, self.seq_dim = axes_of(self.name, ndim, batch_dim, seq_dim)
-            if max_in_flight < 1:
-                raise ValueError(f"bridge '{self.name}': max_in_flight must be positive, got {max_in_flight}")
-            if timeout <= timedelta(0):
-                raise ValueError(f"bridge '{self.name}': timeout must be positive, got {timeout}")
-            self._source, self._destination = src.boundary(src_stage), dst.boundary(dst_stage)
-            fixed = None if shape is None else self._fixed(tuple(int(extent) for extent in shape))
+            for what, side in (("src", src), ("dst", dst)):
+                checked_type(where, what, side, Layout, "a mimo_ext.Layout")
+            checked_type(where, "dtype", dtype, torch.dtype, "a torch.dtype")
+            check_device(where, device)
+            self.src, self.dst, self.dtype = src, dst, dtype
+            self.batch_dim, self.seq_dim = axes_of(where, ndim, batch_dim, seq_dim)
+            self.ndim = int(ndim)
+            max_in_flight = checked_int(where, "max_in_flight", max_in_flight, 1)
+            timeout = checked_timeout(where, timeout)
+            self._source = boundary_of(where, "src_stage", src, src_stage)
+            self._destination = boundary_of(where, "dst_stage", dst, dst_stage)
+            fixed = None if shape is None else self._fixed(where, shape)
             ranks = sorted({rank for side in (self._source, self._destination) for lane in side.lanes for rank in lane})
-            members = setup.ranks if setup is not None else ranks_of(group) or range(dist.get_world_size())
-            missing = [rank for rank in ranks if rank not in members]
-            if missing:
-                raise ValueError(
-                    f"bridge '{self.name}', rank {self.rank}: expected ranks of the process group "
-                    f"({len(members)} ranks), got {missing} in the layouts"
-                )
-            if max_chunks < 1 or min_chunk_bytes < 1:
-                raise ValueError(
-                    f"bridge '{self.name}': max_chunks and min_chunk_bytes must be positive, got {max_chunks} and "
-                    f"{min_chunk_bytes}"
-                )
+            check_ranks(
+                where, ranks, setup.ranks if setup is not None else ranks_of(group) or range(dist.get_world_size())
+            )
+            max_chunks = checked_int(where, "max_chunks", max_chunks, 1, _C.MAX_CHUNKS)
+            min_chunk_bytes = checked_int(where, "min_chunk_bytes", min_chunk_bytes, 1, INT64_MAX)
             if path not in PATHS:
-                raise ValueError(f"bridge '{self.name}': path: expected one of {', '.join(PATHS)}, got {path!r}")
+                raise ValueError(f"{where}: path: expected one of {', '.join(PATHS)}, got {path!r}")
             self._plan_options: dict[str, Any] = {
                 "max_chunks": max_chunks,
                 "min_chunk_bytes": min_chunk_bytes,
                 "path": path,
-                "links": None if links is None else links.core(),
+                "links": None if links is None else links_of(where, links),
             }
             text = (
-                f"{self.name}: {self._source} | {self._destination}; ndim={ndim} batch_dim={self.batch_dim} "
+                f"{self.name}: {self._source} | {self._destination}; ndim={self.ndim} batch_dim={self.batch_dim} "
                 f"seq_dim={self.seq_dim} dtype={dtype} shape={None if shape is None else tuple(shape)}"
                 f" chunks={max_chunks}x{min_chunk_bytes} path={path} links={links}"
                 f"{' unpaired_backward' if unpaired_backward else ''}"
-                f" layouts={_C.hash_of(self._source, self._destination):016x} torch={_C.TORCH_VERSION}"
+                f" layouts={_C.hash_of(self._source, self._destination):016x} {library_text()}"
             )
         except Exception as error:
             # The others wait for this rank's word: they get an error too, at once. A setup tells them by itself.
@@ -227,24 +235,30 @@ class Bridge:
         finish_leftovers_at_exit()
         self._finalizer = weakref.finalize(self, self._communicator.leave)
 
-    def _fixed(self, shape: tuple[int, ...]) -> _C.Microbatch:
+    def _fixed(self, where: str, given: Sequence[int]) -> _C.Microbatch:
+        shape = checked_ints(where, "shape", given)
         if len(shape) != self.ndim or any(extent < 0 for extent in shape):
-            raise ValueError(f"bridge '{self.name}': expected a shape of {self.ndim} extents, got {shape}")
+            raise ValueError(f"{where}: expected a shape of {self.ndim} extents, got {tuple(shape)}")
         samples = shape[self.batch_dim]
         lanes = (len(self._source.lanes), len(self._destination.lanes))
         if self.ndim == 2 and any(samples % count for count in lanes):
             raise ValueError(
-                f"bridge '{self.name}': expected rows that split evenly over {lanes[0]} source and {lanes[1]} "
+                f"{where}: expected rows that split evenly over {lanes[0]} source and {lanes[1]} "
                 f"destination lanes, got {samples}; without shape=, row counts may vary"
             )
-        return _C.Microbatch(
+        microbatch = _C.Microbatch(
             ndim=self.ndim,
             batch_dim=self.batch_dim,
             seq_dim=self.seq_dim,
             samples=samples,
-            shape=list(shape),
+            shape=shape,
             element_size=self.dtype.itemsize,
         )
+        try:
+            microbatch.check()
+        except ValueError as error:
+            raise ValueError(f"{where}: shape {tuple(shape)}: {error}") from None
+        return microbatch
 
     # Properties
 
@@ -335,13 +349,20 @@ class Bridge:
         row_shards: RowShards | None,
         want_delivery: bool,
     ) -> _C.Delivery | None:
-        if row_counts is not None:
-            row_counts = [int(count) for count in row_counts]
         try:
             return self._open.send_forward(x, row_counts, num_samples, row_shards, want_delivery)
-        except TypeError:
-            self._check_tensor(x, "send_forward")
-            raise
+        except TypeError as error:
+            # Most callers give lists; what else there is, is looked at when it is there.
+            where = f"bridge '{self.name}', rank {self.rank}: send_forward"
+            checked_type(where, "x", x, torch.Tensor, "a tensor")
+            counts = None if row_counts is None else checked_ints(where, "row_counts", row_counts)
+            if num_samples is not None:
+                num_samples = checked_int(where, "num_samples", num_samples, 0, INT64_MAX)
+            if row_shards is not None:
+                checked_type(where, "row_shards", row_shards, RowShards, "mimo_ext.RowShards")
+            if counts is None or isinstance(row_counts, (list, tuple)):
+                raise TypeError(f"{where}: {error}") from None
+            return self._open.send_forward(x, counts, num_samples, row_shards, want_delivery)
 
     def irecv_forward(self, row_shards: RowShards | None = None, *, waits_soon: bool = False) -> Handle:
         """Post the receive of the next microbatch; `wait()` returns a leaf tensor.
@@ -356,7 +377,11 @@ class Bridge:
                 which takes less time for small payloads.
         """
         wants_backward = torch.is_grad_enabled()
-        delivery = self._open.irecv_forward(row_shards, waits_soon)
+        try:
+            delivery = self._open.irecv_forward(row_shards, waits_soon)
+        except TypeError:
+            self._check_row_shards(row_shards)
+            raise
 
         def finish(y: torch.Tensor) -> torch.Tensor:
             if not wants_backward:
@@ -372,7 +397,11 @@ class Bridge:
             BridgeTimeoutError: nothing came within the timeout; names the peer and the microbatch.
             BridgeError: a peer died or sent something else than expected, or this rank is not on the destination side.
         """
-        return self._open.recv_forward(row_shards)
+        try:
+            return self._open.recv_forward(row_shards)
+        except TypeError:
+            self._check_row_shards(row_shards)
+            raise
 
     def isend_backward(self, dy: torch.Tensor | None) -> Handle:
         """Enqueue the gradient of the oldest received microbatch that waits for one.
@@ -389,7 +418,7 @@ class Bridge:
         try:
             return self._open.send_backward(dy, want_delivery)
         except TypeError:
-            self._check_tensor(dy, "send_backward")
+            checked_type(f"bridge '{self.name}', rank {self.rank}: send_backward", "dy", dy, torch.Tensor, "a tensor")
             raise
 
     def irecv_backward(self, *, waits_soon: bool = False) -> Handle:
@@ -437,7 +466,8 @@ class Bridge:
 
     def start_trace(self, capacity: int = 10_000) -> None:
         """Record the next operations; the last `capacity` are kept. 0 ends recording."""
-        self._open.start_trace(capacity)
+        where = f"bridge '{self.name}', rank {self.rank}: start_trace"
+        self._open.start_trace(checked_int(where, "capacity", capacity, 0))
 
     def trace_events(self) -> list[dict[str, Any]]:
         """What was recorded, in the order in which operations ended.
@@ -464,11 +494,10 @@ class Bridge:
         """
         return self._open.flight()
 
-    def _check_tensor(self, x: Any, operation: str) -> None:
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(
-                f"bridge '{self.name}', rank {self.rank}: {operation}: expected a tensor, got {type(x).__name__}"
-            )
+    def _check_row_shards(self, row_shards: Any) -> None:
+        if row_shards is not None:
+            where = f"bridge '{self.name}', rank {self.rank}: recv_forward"
+            checked_type(where, "row_shards", row_shards, RowShards, "mimo_ext.RowShards")
 
     # End
 
@@ -543,8 +572,11 @@ def bridge(
     Raises:
         ValueError: a source rank without `x`; otherwise as the bridge's operations.
     """
+    where = f"bridge '{bridge.name}', rank {bridge.rank}"
     if bridge.is_source and x is None:
-        raise ValueError(f"bridge '{bridge.name}', rank {bridge.rank}: expected a tensor on a source rank, got None")
+        raise ValueError(f"{where}: expected a tensor on a source rank, got None")
+    if x is not None:
+        checked_type(where, "x", x, torch.Tensor, "a tensor")
     row_shards = options.get("row_shards") if recv_row_shards is None else recv_row_shards
     if not torch.is_grad_enabled():
         if bridge.is_source:

@@ -114,6 +114,11 @@ core::Microbatch Communicator::microbatch_of_activation(const at::Tensor& x,
                                                         const RowShards& row_shards) {
   if (config_.fixed) {
     if (row_shards) throw std::invalid_argument("row_shards differ from microbatch to microbatch: not with shape=");
+    if (row_counts) throw std::invalid_argument("row_counts differ from microbatch to microbatch: not with shape=");
+    if (num_samples && *num_samples != config_.fixed->samples) {
+      throw std::invalid_argument("num_samples: expected " + std::to_string(config_.fixed->samples) +
+                                  " (static shapes), got " + std::to_string(*num_samples));
+    }
     return {};  // the channel knows
   }
   const auto [lane, member] = config_.sides->find_source(rank_);

@@ -35,7 +35,7 @@ def refused_inputs(rank: int, world_size: int) -> None:
             with pytest.raises(ValueError, match=message):
                 bridge.send_forward(tensor, **options)
         for nothing in (None, [good]):
-            with pytest.raises(TypeError, match=r"rank \d: send_forward: expected a tensor, got (NoneType|list)"):
+            with pytest.raises(TypeError, match=r"rank \d: send_forward: x: expected a tensor, got (None|\[)"):
                 bridge.send_forward(nothing)
         with pytest.raises(mimo_ext.BridgeError, match=r"expected a rank of the destination .*, got rank"):
             bridge.recv_forward()
@@ -53,7 +53,7 @@ def refused_inputs(rank: int, world_size: int) -> None:
         ]:
             with pytest.raises(ValueError, match=message):
                 bridge.send_backward(bad_gradient)
-        with pytest.raises(TypeError, match="rank 2: send_backward: expected a tensor, got list"):
+        with pytest.raises(TypeError, match=r"rank 2: send_backward: dy: expected a tensor, got \["):
             bridge.send_backward([y])
         bridge.send_backward(y.detach() * 2)
     else:
@@ -98,7 +98,7 @@ def bad_arguments(rank: int, world_size: int) -> None:
         ({"device": "cuda"}, NotImplementedError, "device 'cuda' is not supported yet"),
         ({"max_in_flight": 0}, ValueError, "max_in_flight must be positive, got 0"),
         ({"path": "fast"}, ValueError, "path: expected one of auto, pipelined, direct, leader, got 'fast'"),
-        ({"max_chunks": 0}, ValueError, "max_chunks and min_chunk_bytes must be positive, got 0 and 65536"),
+        ({"max_chunks": 0}, ValueError, "max_chunks must be positive, got 0"),
         ({"timeout": timedelta(0)}, ValueError, "timeout must be positive"),
         ({"shape": (3,)}, ValueError, r"expected a shape of 2 extents, got \(3,\)"),
         ({"dst_stage": 1}, IndexError, "layout of module 'language': pipeline stage 1 of 1"),
@@ -123,8 +123,8 @@ def refused_by_one_rank(rank: int, world_size: int) -> str:
 
 def test_what_one_rank_refuses_fails_all_at_once():
     first, second = launch(refused_by_one_rank, 2)
-    assert "got (rank 1) \"refused: bridge 'images -> language': ndim: expected 2 or 3, got 4\"" in first
-    assert second == "bridge 'images -> language': ndim: expected 2 or 3, got 4"
+    assert "got (rank 1) \"refused: bridge 'images -> language', rank 1: ndim: expected 2 or 3, got 4\"" in first
+    assert second == "bridge 'images -> language', rank 1: ndim: expected 2 or 3, got 4"
 
 
 def different_layouts(rank: int, world_size: int, what: str) -> str:
