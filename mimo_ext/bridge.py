@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -505,10 +506,15 @@ class Bridge:
         """End the bridge: wait for what is under way (`abort`: do not), join its threads, give up its process groups.
 
         Later operations raise BridgeError. Calling it again does nothing.
+
+        Peers that wait for a rank that aborts raise BridgeError at once, which names it. With shapes that vary it also
+        says why: because of the exception that is being handled here, if there is one.
         """
         if self._communicator is None or self._communicator.closed:
             return
-        self._communicator.close(abort)
+        error = sys.exception() if abort else None
+        why = "the bridge was closed with abort=True" if error is None else f"{type(error).__name__}: {error}"
+        self._communicator.close(abort, why if abort else "")
         self._finalizer.detach()
         self._groups = None
 

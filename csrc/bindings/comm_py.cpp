@@ -233,7 +233,7 @@ void register_comm(py::module_& m) {
           "start_trace", [](Communicator& c, std::size_t capacity) { c.trace().start(capacity); }, py::arg("capacity"))
       .def("trace_events", &events_of)
       .def("flight", &flight_of)
-      .def("close", &Communicator::close, Release(), py::arg("abort") = false)
+      .def("close", &Communicator::close, Release(), py::arg("abort") = false, py::arg("reason") = "")
       .def("leave", &Communicator::leave, Release());
 
   m.def(

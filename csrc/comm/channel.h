@@ -83,6 +83,9 @@ class Channel {
   /// Carries out a receive that no worker has begun, if it is the next one; as recv_now.
   void take_over(const Delivery& delivery, const std::function<void()>& poll);
 
+  /// Tells whoever waits for a header that none will come, and why; waits for that until `deadline` at most. After it
+  /// nothing is sent. With static shapes nobody waits for headers: the end of the connections must tell.
+  void give_up(const std::string& reason, std::chrono::steady_clock::time_point deadline);
   /// Gives up the receives that are under way, and those only. From the thread that uses the channel.
   void abort_receives();
   /// Is a microbatch being sent?

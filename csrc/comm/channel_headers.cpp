@@ -22,6 +22,30 @@ std::string text_of(const Header& header, int batch_dim) {
 
 }  // namespace
 
+void Channel::give_up(const std::string& reason, std::chrono::steady_clock::time_point deadline) {
+  if (config_.fixed || !is_sender()) return;  // nobody waits for a header
+  Header header;
+  header.gave_up = reason.empty() ? "no reason was given" : reason;
+  const Header::Words words = header.encode();
+  std::vector<at::Tensor> tensor{at::empty({static_cast<std::int64_t>(Header::kWords)}, at::kLong)};
+  std::copy(words.begin(), words.end(), tensor.front().data_ptr<std::int64_t>());
+  std::vector<Request> requests;
+  for (const HeaderPeer& peer : header_receivers_) {
+    try {
+      requests.push_back(transport_.send(tensor, peer.index, tag(kHeaderTag)));
+    } catch (const std::exception&) {
+      continue;  // it is gone
+    }
+  }
+  for (Request& request : requests) {
+    try {
+      request.wait(std::chrono::duration_cast<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now()));
+    } catch (const std::exception&) {
+      continue;  // it is gone, or waits for something else: the end of the connection tells it
+    }
+  }
+}
+
 void Channel::receive_headers(ReceiveJob& job, const std::function<void()>& poll) {
   while (job.parsed.size() < header_senders_.size()) {
     const std::size_t index = job.parsed.size();
@@ -40,6 +64,10 @@ void Channel::receive_headers(ReceiveJob& job, const std::function<void()>& poll
     Header header;
     try {
       header = Header::decode(words);
+      if (!header.gave_up.empty()) {
+        throw BridgeError(where(recv_name(), job.sequence) + ": rank " + std::to_string(peer) +
+                          " gave up: " + header.gave_up);
+      }
       if (header.has_extension()) {
         HeaderSlot& counts = job.row_counts;
         if (counts.tensor.empty()) {

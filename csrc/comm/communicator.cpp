@@ -14,6 +14,8 @@ namespace mimo_ext::comm {
 namespace {
 
 constexpr std::chrono::milliseconds kInterruptPeriod{100};
+/// How long a rank that gives up stays to say why.
+constexpr std::chrono::milliseconds kLastWords{100};
 
 std::string text_of(at::IntArrayRef shape) {
   std::ostringstream out;
@@ -41,10 +43,15 @@ Communicator::~Communicator() {
   close(true);
 }
 
-void Communicator::close(bool abort) {
+void Communicator::close(bool abort, const std::string& reason) {
   if (closed_) return;
   closed_ = true;
   if (!forward_) return;
+  if (abort && !reason.empty()) {
+    const auto deadline = std::chrono::steady_clock::now() + kLastWords;
+    forward_->give_up(reason, deadline);
+    backward_->give_up(reason, deadline);
+  }
   if (abort) failure_.set(std::make_exception_ptr(BridgeError(where("close") + ": the bridge was closed")));
   const FlightRecorder::Blocked blocked(flight_, FlightCaller::In::kClose, true, 0, Times::now());
   forward_->close();

@@ -72,8 +72,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   /// The plan of the last forward microbatch (or of the static one), if there is one.
   std::optional<core::Plan> last_plan() const;
 
-  /// Waits for what is under way, then joins the threads and drops the transport. `abort`: does not wait. Idempotent.
-  void close(bool abort);
+  /// Waits for what is under way, then joins the threads and drops the transport. `abort`: does not wait; peers that
+  /// wait for this rank learn the `reason`, where there is one. Idempotent.
+  void close(bool abort, const std::string& reason = {});
   bool closed() const { return closed_; }
 
   /// Closes without waiting: receives are given up, sends go on in the background (see Leftovers). For a communicator

@@ -1,6 +1,7 @@
 #include "comm/header.h"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 
 #include "core/limits.h"
@@ -11,6 +12,7 @@ namespace {
 
 constexpr std::int64_t kNoGradient = 1;
 constexpr std::int64_t kExpectsBackward = 2;
+constexpr std::int64_t kGaveUp = 4;
 constexpr std::int64_t kMaxExtent = core::kMaxElements;
 
 [[noreturn]] void bad(const std::string& what) {
@@ -34,9 +36,21 @@ void check_rows(const std::vector<std::int64_t>& rows) {
 
 }  // namespace
 
+namespace {
+
+/// Of a peer: as much as is there, in characters that any log can show.
+std::string text_of(const std::array<char, Header::kTextBytes>& bytes) {
+  std::string text(bytes.begin(), std::find(bytes.begin(), bytes.end(), '\0'));
+  std::replace_if(text.begin(), text.end(), [](char letter) { return letter < ' ' || letter > '~'; }, '?');
+  return text.empty() ? "no reason was given" : text;
+}
+
+}  // namespace
+
 Header::Words Header::encode() const {
   Words words{};
-  const std::int64_t flags = (no_gradient ? kNoGradient : 0) | (expects_backward ? kExpectsBackward : 0);
+  const std::int64_t flags =
+      (no_gradient ? kNoGradient : 0) | (expects_backward ? kExpectsBackward : 0) | (gave_up.empty() ? 0 : kGaveUp);
   const std::array<std::int64_t, kFixedWords> fixed{kMagic,
                                                     kVersion,
                                                     sequence,
@@ -55,6 +69,10 @@ Header::Words Header::encode() const {
                                                     payload_bytes,
                                                     eager_bytes};
   std::copy(fixed.begin(), fixed.end(), words.begin());
+  if (!gave_up.empty()) {
+    std::memcpy(&words[kFixedWords], gave_up.data(), std::min(gave_up.size(), kTextBytes));
+    return words;
+  }
   if (!has_extension()) std::copy(rows.begin(), rows.end(), words.begin() + kFixedWords);
   return words;
 }
@@ -70,11 +88,17 @@ Header Header::decode(const Words& words) {
   header.forward_sequence = words[13];
   header.config_hash = static_cast<std::uint64_t>(words[3]);
   header.row_shards_hash = static_cast<std::uint64_t>(words[14]);
+  check_range("flags", words[4], kNoGradient | kExpectsBackward | kGaveUp);
+  if ((words[4] & kGaveUp) != 0) {
+    std::array<char, kTextBytes> bytes{};
+    std::memcpy(bytes.data(), &words[kFixedWords], kTextBytes);
+    header.gave_up = text_of(bytes);
+    return header;
+  }
   header.payload_bytes = words[15];
   check_range("payload_bytes", header.payload_bytes, kMaxPayloadBytes);
   header.eager_bytes = words[16];
   check_range("eager_bytes", header.eager_bytes, kMaxEagerBytes);
-  check_range("flags", words[4], kNoGradient | kExpectsBackward);
   header.no_gradient = (words[4] & kNoGradient) != 0;
   header.expects_backward = (words[4] & kExpectsBackward) != 0;
   header.dtype = words[5];

@@ -3,8 +3,9 @@
 // Wire format: kWords little-endian int64, in the same message the payload where it is small (`payload_bytes`, filled
 // up to whole words), then (only where there are more than kInlineRows row counts) one int64 per row count as a second
 // message with a tag of its own. The beginning of a larger payload (`eager_bytes`) follows at once, with a tag of its
-// own: its receive is posted before it is known what comes, and carries data while the rest is agreed on. Parsing
-// trusts nothing: magic, version, sizes and ranges are checked.
+// own: its receive is posted before it is known what comes, and carries data while the rest is agreed on. Where the
+// sender has given up, its reason stands in the place of the row counts, and nothing follows. Parsing trusts nothing:
+// magic, version, sizes and ranges are checked.
 #pragma once
 
 #include <array>
@@ -16,13 +17,14 @@ namespace mimo_ext::comm {
 
 struct Header {
   static constexpr std::int64_t kMagic = 0x4d494d4f45585431;  // "MIMOEXT1"
-  static constexpr std::int64_t kVersion = 3;
+  static constexpr std::int64_t kVersion = 4;
   static constexpr std::size_t kWords = 64;
   static constexpr std::size_t kFixedWords = 17;
   static constexpr std::size_t kInlineRows = kWords - kFixedWords;
   /// A message of its own, and the answer that it waits for, cost more than this takes on the wire.
   static constexpr std::int64_t kMaxPayloadBytes = 16384;
   static constexpr std::size_t kMaxWords = kWords + kMaxPayloadBytes / 8;
+  static constexpr std::size_t kTextBytes = kInlineRows * sizeof(std::int64_t);
   static constexpr std::int64_t kUnpaired = -1;  ///< `forward_sequence` of a gradient sent before its microbatch came
   static constexpr std::int64_t kMaxEagerBytes = 262144;
   using Words = std::array<std::int64_t, kWords>;
@@ -42,6 +44,7 @@ struct Header {
   std::int64_t payload_bytes = 0;              ///< that follow in the same message
   std::int64_t eager_bytes = 0;                ///< that follow in a message of their own, unasked
   std::vector<std::int64_t> rows;              ///< row counts, num_rows of them
+  std::string gave_up;                         ///< not empty: why nothing more comes; the rest does not count
 
   bool has_extension() const { return num_rows > static_cast<std::int64_t>(kInlineRows); }
   Words encode() const;

@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <limits>
 #include <stdexcept>
 
@@ -106,6 +107,25 @@ TEST(Header, RowsThatOverflowAreRefused) {
   EXPECT_EQ(Header::decode(header.encode()).samples, core::kMaxSamples);
 }
 
+/// A rank that gives up says why in the place of the row counts.
+TEST(Header, TheReasonOfARankThatGaveUpTravels) {
+  Header header = sample();
+  EXPECT_TRUE(Header::decode(header.encode()).gave_up.empty());
+  header.gave_up = "ValueError: expected dtype Float, got Double";
+  EXPECT_EQ(Header::decode(header.encode()).gave_up, header.gave_up);
+  // Cut to what fits, and shown in characters that any log can show.
+  header.gave_up = std::string(Header::kTextBytes, 'a') + "lost";
+  EXPECT_EQ(Header::decode(header.encode()).gave_up, std::string(Header::kTextBytes, 'a'));
+  header.gave_up = "caf\xc3\xa9\n\x1b[31m";
+  EXPECT_EQ(Header::decode(header.encode()).gave_up, "caf????[31m");
+  Header::Words words = header.encode();
+  std::fill(words.begin() + Header::kFixedWords, words.end(), 0);
+  EXPECT_EQ(Header::decode(words).gave_up, "no reason was given");
+  // Nothing else of such a header counts, so that nothing else of it can be wrong.
+  words[5] = words[12] = -1;
+  EXPECT_EQ(Header::decode(words).num_rows, 0);
+}
+
 TEST(Header, OtherVersionsAreNamed) {
   Header::Words words = sample().encode();
   words[1] += 1;
@@ -113,7 +133,7 @@ TEST(Header, OtherVersionsAreNamed) {
     Header::decode(words);
     FAIL();
   } catch (const std::invalid_argument& error) {
-    EXPECT_NE(std::string(error.what()).find("format version 4, expected 3"), std::string::npos);
+    EXPECT_NE(std::string(error.what()).find("format version 5, expected 4"), std::string::npos);
   }
 }
 

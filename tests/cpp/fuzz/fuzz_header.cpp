@@ -22,6 +22,8 @@ void check_ranges(const Header& header) {
   require(header.ndim == 2 || header.ndim == 3);
   for (std::int64_t extent : header.shape) require(extent >= 0 && extent <= core::kMaxElements);
   require(header.samples >= 0 && header.samples <= core::kMaxSamples);
+  require(header.payload_bytes >= 0 && header.payload_bytes <= Header::kMaxPayloadBytes);
+  require(header.eager_bytes >= 0 && header.eager_bytes <= Header::kMaxEagerBytes);
   require(header.num_rows >= 0 && header.num_rows <= header.samples && header.num_rows <= core::kMaxRowCounts);
   std::int64_t total = 0;
   for (std::int64_t rows : header.rows) {
@@ -36,6 +38,7 @@ void check_same(const Header& a, const Header& b) {
   require(a.row_shards_hash == b.row_shards_hash && a.no_gradient == b.no_gradient && a.dtype == b.dtype);
   require(a.expects_backward == b.expects_backward && a.ndim == b.ndim && a.shape == b.shape);
   require(a.samples == b.samples && a.rows_per_sample == b.rows_per_sample && a.num_rows == b.num_rows);
+  require(a.gave_up == b.gave_up && a.payload_bytes == b.payload_bytes && a.eager_bytes == b.eager_bytes);
   require(a.has_extension() == b.has_extension() && (a.has_extension() || a.rows == b.rows));
 }
 
@@ -78,6 +81,10 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   if (!accepted([&] { header = Header::decode(words); })) return 0;
   check_ranges(header);
   check_same(header, Header::decode(header.encode()));
+  if (!header.gave_up.empty()) {
+    for (const char letter : header.gave_up) require(letter >= ' ' && letter <= '~');
+    return 0;
+  }
   if (header.has_extension()) {
     std::vector<std::int64_t> rows((size - count) / sizeof(std::int64_t));
     if (!rows.empty()) std::memcpy(rows.data(), data + count, rows.size() * sizeof(std::int64_t));
