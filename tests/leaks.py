@@ -92,6 +92,7 @@ class Storages:
 
     def __init__(self) -> None:
         self._seen: dict[int, str] = {}  # weak reference -> what it is
+        self._enough = 100
         self._connect: Any = None
 
     def __enter__(self) -> Storages:
@@ -119,6 +120,12 @@ class Storages:
                 # A weak reference keeps the address, though not the data: it stands for this storage alone.
                 if storage._cdata not in self._seen:
                     self._seen[storage._weak_ref()] = f"{what} {list(tensor.shape)} {tensor.dtype}"
+        if len(self._seen) >= self._enough:
+            # A long run must not grow by being watched.
+            for reference in [reference for reference in self._seen if torch.UntypedStorage._expired(reference)]:
+                torch.UntypedStorage._free_weak_ref(reference)
+                del self._seen[reference]
+            self._enough = 2 * len(self._seen) + 100
 
     def alive(self, module: str) -> list[str]:
         """Those that are held by anything but the global variables of the module. Gives them time to go."""

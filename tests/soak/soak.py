@@ -80,7 +80,7 @@ class Sample:
         third: of the run: 0, 1 (the other layouts), 2.
         seconds: of the block.
         cpu_seconds: of this process in it.
-        rss: bytes, resident.
+        rss: bytes, resident, after malloc has given back what is free.
         heap: bytes, live in malloc; after a garbage collection.
     """
 
@@ -113,6 +113,8 @@ def heap_bytes() -> int:
 
 
 def resident_bytes() -> int:
+    """Without what malloc keeps free for the next blocks, which depends on the sizes that have met."""
+    ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
