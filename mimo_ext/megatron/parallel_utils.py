@@ -138,6 +138,7 @@ def finalize_model_grads_multimodule(
     *,
     infra: Any,
     module_to_grid_tuple: list[tuple[Any, Any]],
+    fold_into: Any = None,
 ) -> None:
     """Reduce the gradients of each module over its own groups and bring all to one scale (see the module docstring).
 
@@ -152,14 +153,26 @@ def finalize_model_grads_multimodule(
         force_all_reduce: passed on to each module's reduction.
         infra: MimoModelInfra with ``module_to_grid_map`` and ``pg_collections``.
         module_to_grid_tuple: this rank's ``(module, grid)`` pairs; the grids are those of ``infra``, by identity.
+        fold_into: the `FoldedMimoOptimizer` whose step multiplies the gradients by their factor; until then they stay
+            as they were reduced. None: they are multiplied here, by a pass over each module's buffers.
 
     Raises:
         RuntimeError: with ``overlap_grad_reduce``: the last microbatch gave a module of several buckets no gradients.
+            With ``fold_into``: no step has taken the factors of the finalization before.
+        TypeError: ``fold_into`` takes no factors.
     """
+    if fold_into is not None:
+        if not hasattr(fold_into, "set_pending_factors"):
+            raise TypeError(
+                f"Rank {dist.get_rank()}: expected a FoldedMimoOptimizer as fold_into (it is made of a MimoOptimizer), "
+                f"got {type(fold_into).__name__}, which takes no factor of the gradients"
+            )
+        fold_into.check_no_factor_is_pending()
     language_grid = infra.module_to_grid_map.get(MIMO_LANGUAGE_MODULE_KEY)
     per_token = num_tokens is not None and language_grid is not None
 
     finalized: list[tuple[str, Any, Any]] = []
+    pending: dict[str, Any] = {}
     for module, grid in module_to_grid_tuple:
         if module is None or not is_current_rank_in_grid(grid):
             continue
@@ -171,20 +184,51 @@ def finalize_model_grads_multimodule(
         # have counted nothing yet; they get the total below.
         gets_tokens = per_token and name == MIMO_LANGUAGE_MODULE_KEY
         _start_missing_reduction(name, module, force_all_reduce)
-        _finalize_model_grads(
-            [module],
-            num_tokens=num_tokens if gets_tokens else None,
-            pg_collection=groups,
-            force_all_reduce=force_all_reduce,
-        )
+        with contextlib.ExitStack() as stack:
+            noted = stack.enter_context(_noting_scales(module)) if fold_into is not None else {}
+            _finalize_model_grads(
+                [module],
+                num_tokens=num_tokens if gets_tokens else None,
+                pg_collection=groups,
+                force_all_reduce=force_all_reduce,
+            )
         finalized.append((name, module, grid))
+        pending[name] = noted.get("factor", 1.0)
 
-    if not per_token:
+    for name, module, factor in _corrections(finalized, num_tokens if per_token else None, language_grid):
+        if fold_into is None:
+            module.scale_gradients(factor)
+        else:
+            pending[name] = pending[name] * factor
+    if fold_into is not None:
+        fold_into.set_pending_factors(pending, {name: module for name, module, _ in finalized})
+
+
+@contextlib.contextmanager
+def _noting_scales(module: Any) -> Iterator[dict[str, Any]]:
+    """While open, ``module.scale_gradients`` leaves the gradients alone; "factor" is what it would have multiplied."""
+    noted: dict[str, Any] = {}
+
+    def note(factor: Any) -> None:
+        noted["factor"] = noted.get("factor", 1.0) * factor
+
+    module.scale_gradients = note  # of this instance; the method is the class's
+    try:
+        yield noted
+    finally:
+        del module.scale_gradients
+
+
+def _corrections(
+    finalized: list[tuple[str, Any, Any]], num_tokens: torch.Tensor | None, language_grid: Any
+) -> Iterator[tuple[str, Any, Any]]:
+    """``(name, module, target / p)`` of the modules whose reduced gradients need it; with tokens collective."""
+    if num_tokens is None:
         ranks = _summed_ranks(language_grid) if language_grid is not None else 1
         for name, module, grid in finalized:
             factor = _inverse_of_applied(name, module, grid) / ranks
             if factor != 1.0:
-                module.scale_gradients(factor)
+                yield name, module, factor
         return
 
     dist.broadcast(num_tokens, src=language_grid.rank_offset + language_grid.size - 1)
@@ -197,9 +241,9 @@ def finalize_model_grads_multimodule(
     for name, module, grid in encoders:
         scale = _inverse_of_applied(name, module, grid)
         if isinstance(one_over_tokens, torch.Tensor):
-            module.scale_gradients(torch.where(one_over_tokens > 0, one_over_tokens * scale, 1.0))
+            yield name, module, torch.where(one_over_tokens > 0, one_over_tokens * scale, 1.0)
         else:
-            module.scale_gradients(one_over_tokens * scale)
+            yield name, module, one_over_tokens * scale
 
 
 def _start_missing_reduction(name: str, module: Any, force_all_reduce: bool | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ STEPS = 3
 SAMPLES = 12  # of a microbatch: 1, 2, 3, 4 and 6 lanes divide it
 TOKENS = {"images": 60, "audio": 61}  # placeholder of each modality; text is below
 MOST_ITEMS = {"images": 2, "audio": 1}  # of one sample
+
+FOLDED = ", folded"  # ends the names of the cases that differ from others in `folded` alone
 
 Sizes = dict[str, int]
 
@@ -43,6 +46,7 @@ class Case:
         position, tied: position embedding of the language model; whether input and output embeddings are one.
         sequence_parallel: of the language model.
         overlap: gradients are reduced during the backward pass.
+        folded: the optimizer's step multiplies the gradients by their factor, instead of finalization.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Case:
     tied: bool = False
     sequence_parallel: bool = False
     overlap: bool = False
+    folded: bool = False
     language_options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -87,8 +92,13 @@ class Case:
         return f"{'token' if self.language_per_token else 'mean'}/{'token' if self.encoder_per_token else 'mean'}"
 
     @property
+    def reference(self) -> str:
+        """Name of the case whose run in one process is this one's too."""
+        return self.name.removesuffix(FOLDED)
+
+    @property
     def trained_by(self) -> str:
-        return self.optimizer + (f" clip {self.clip:g}" if self.clip else "")
+        return self.optimizer + (f" clip {self.clip:g}" if self.clip else "") + (" folded" if self.folded else "")
 
 
 def lane(index: int, count: int) -> slice:
@@ -331,3 +341,35 @@ CASES = [
         "colocated, distributed optimizer", {"dp": 4}, {"dp": 2, "tp": 2}, colocated=True, optimizer="mimo distributed"
     ),
 ]
+
+# Cases that are trained a second time with the factors of the gradients folded into the optimizer's step.
+TWICE = [
+    "fan-in, mean loss",
+    "fan-out",
+    "fan-out, encoder by mean",
+    "equal",
+    "equal, mean loss by lane",
+    "3 -> 2, mean loss",
+    "2 -> 3, encoder by mean",
+    "language pp 2, tied embeddings",
+    "encoder pp 2",
+    "cp 2, mean loss",
+    "sp and cp 2",
+    "encoder cp 2, language cp 2",
+    "two encoders",
+    "two encoders, cp 2",
+    "frozen encoder",
+    "only the projection trained",
+    "only the language model trained",
+    "empty microbatch",
+    "empty step",
+    "no token at all",
+    "text at the end of a step, encoder pp 2",
+    "distributed optimizer",
+    "distributed optimizer, cp 2",
+    "colocated, sp",
+    "colocated, fan-in",
+    "colocated, two encoders",
+    "colocated, distributed optimizer",
+]
+CASES += [dataclasses.replace(case, name=case.name + FOLDED, folded=True) for case in CASES if case.name in TWICE]

@@ -48,9 +48,10 @@ def reference_rank(rank: int, world_size: int, cases: list[Case], folder: str) -
     leave_the_first_world()
     os.environ.update(WORLD_SIZE="1", RANK="0")
     dist.init_process_group("gloo", init_method=f"file://{folder}/alone_{rank}", rank=0, world_size=1)
-    for case in cases[rank::world_size]:
+    distinct = list({case.reference: case for case in cases}.values())
+    for case in distinct[rank::world_size]:
         trained = reference(case)
-        torch.save(trained, Path(folder) / f"{case.name}.pt")
+        torch.save(trained, Path(folder) / f"{case.reference}.pt")
         check_reference(case, trained)
 
 
@@ -74,7 +75,7 @@ def worker(rank: int, world_size: int, cases: list[Case], folder: str, show: boo
         if rank >= case.world_size:
             continue
         started = time.monotonic()
-        expected = torch.load(Path(folder) / f"{case.name}.pt", weights_only=False)
+        expected = torch.load(Path(folder) / f"{case.reference}.pt", weights_only=False)
         found = compare_on_ranks(case, expected, rank, f"{folder}/rendezvous_{case.name}")
         missing = set(expected.initial) - found.seen
         wrong = ""
@@ -100,7 +101,7 @@ def leave_the_first_world() -> None:
 HEADER = (
     f"{STEPS} steps in fp32, largest relative difference of a weight to one process; 'change' is relative to what\n"
     "training changed, 'norm' the difference of the gradients' norm\n\n"
-    f"  {'case':<42} {'encoders -> language':<26} {'loss':<11} {'mb':>2} {'optimizer':<25} "
+    f"  {'case':<42} {'encoders -> language':<26} {'loss':<11} {'mb':>2} {'optimizer':<32} "
     f"{'weight':>8} {'change':>8} {'norm':>8} {'s':>5}"
 )
 
@@ -108,7 +109,7 @@ HEADER = (
 def row(case: Case, found: Any, seconds: float, wrong: str) -> str:
     norm = f"{found.norm:8.1e}" if "mimo" in case.optimizer else f"{'-':>8}"
     return (
-        f"  {case.name:<42} {case.layout:<26} {case.loss:<11} {case.microbatches:>2} {case.trained_by:<25} "
+        f"  {case.name:<42} {case.layout:<26} {case.loss:<11} {case.microbatches:>2} {case.trained_by:<32} "
         f"{found.weight:8.1e} {found.change:8.1e} {norm} {seconds:5.1f}  {'ok' if not wrong else 'WRONG ' + wrong}"
     )
 

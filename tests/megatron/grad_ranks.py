@@ -92,9 +92,10 @@ class Ranks:
         config = self.config = get_model_config(self.model)
         self.pairs = parallel_utils.get_module_to_grid_tuple(self.model, self.infra)
         config.no_sync_func = partial(parallel_utils.multimodule_no_sync, module_to_grid_tuple=self.pairs)
-        config.finalize_model_grads_func = partial(
+        self.finalize = partial(
             parallel_utils.finalize_model_grads_multimodule, infra=self.infra, module_to_grid_tuple=self.pairs
         )
+        config.finalize_model_grads_func = self.finalize
         self.communicator: Any = None
         if not case.colocated:
             from mimo_ext.megatron import MultiModulePipelineCommunicator
@@ -203,6 +204,11 @@ class Ranks:
                 use_distributed_optimizer=self.case.optimizer == "mimo distributed",
             ),
         )
+        if self.case.folded:
+            from mimo_ext.megatron.folding import FoldedMimoOptimizer
+
+            optimizer = FoldedMimoOptimizer(optimizer)
+            self.config.finalize_model_grads_func = partial(self.finalize, fold_into=optimizer)
         for group in optimizer.param_groups:  # as the scheduler of a training loop does
             group["weight_decay"] *= group["wd_mult"]
         self.config.grad_scale_func = optimizer.scale_loss

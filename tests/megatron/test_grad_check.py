@@ -9,7 +9,7 @@ from typing import Any
 import grad_check
 import pytest
 import torch
-from grad_cases import CASES, Case, microbatch
+from grad_cases import CASES, TWICE, Case, microbatch
 from launch import launch
 
 SUBSET = [
@@ -29,6 +29,12 @@ SUBSET = [
     "no token at all",
     "distributed optimizer, cp 2",
     "colocated, sp",
+    "equal, folded",
+    "two encoders, cp 2, folded",
+    "only the projection trained, folded",
+    "empty step, folded",
+    "distributed optimizer, cp 2, folded",
+    "colocated, two encoders, folded",
 ]
 
 
@@ -64,6 +70,7 @@ def test_the_check_notices_gradients_of_the_wrong_size(tmp_path: Path) -> None:
 
 def test_cases_differ_and_their_data_is_what_they_say() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
+    assert {case.reference for case in CASES if case.folded} == set(TWICE)
     assert max(case.world_size for case in CASES) <= 8
     pairs = {(case.language_per_token, case.encoder_per_token) for case in CASES}
     assert len(pairs) == 4
