@@ -14,10 +14,11 @@ import mimo_ext
 from mimo_ext import Layout
 
 SHORT = timedelta(seconds=2)
+LONG = timedelta(seconds=30)  # where nobody is late
 
 
 def refused_inputs(rank: int, world_size: int) -> None:
-    bridge = mimo_ext.Bridge(Layout([0, 1], dp=2, name="images"), Layout([2], name="language"), ndim=2, timeout=SHORT)
+    bridge = mimo_ext.Bridge(Layout([0, 1], dp=2, name="images"), Layout([2], name="language"), ndim=2, timeout=LONG)
     good = torch.arange(6.0).view(3, 2) + rank
     if bridge.is_source:
         bad = [
@@ -73,7 +74,7 @@ def test_refused_inputs():
 
 def static_shapes(rank: int, world_size: int) -> None:
     layouts = Layout([0], name="images"), Layout([1], name="language")
-    bridge = mimo_ext.Bridge(*layouts, ndim=2, shape=(4, 2), timeout=SHORT)
+    bridge = mimo_ext.Bridge(*layouts, ndim=2, shape=(4, 2), timeout=LONG)
     if rank == 0:
         with pytest.raises(ValueError, match=r"static shapes: expected \[4, 2\], got \[5, 2\]"):
             bridge.send_forward(torch.zeros(5, 2))
