@@ -4,9 +4,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
+#include "ops/cpu/move.h"
 #include "ops/pack.h"
 #include "ops/strided.h"
 
@@ -26,36 +26,6 @@ void for_each_box(const at::Tensor& t, at::IntArrayRef starts, at::IntArrayRef s
     const int64_t count = region.numel();
     if (count > 0) visit(region, first, count);
     first += count;
-  }
-}
-
-/// Moves `count` elements of `kBytes` bytes; steps are in bytes. memcpy of a constant size is one move, whatever the
-/// alignment of the pointers.
-template <size_t kBytes>
-void move_elements(const std::byte* src, int64_t src_step, std::byte* dst, int64_t dst_step, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) std::memcpy(dst + i * dst_step, src + i * src_step, kBytes);
-}
-
-/// Moves a run of `count` elements of `itemsize` bytes; steps are in bytes.
-void move_run(int64_t itemsize, const std::byte* src, int64_t src_step, std::byte* dst, int64_t dst_step,
-              int64_t count) {
-  if (src_step == itemsize && dst_step == itemsize) {
-    std::memcpy(dst, src, static_cast<size_t>(count * itemsize));
-    return;
-  }
-  switch (itemsize) {
-    case 1:
-      return move_elements<1>(src, src_step, dst, dst_step, count);
-    case 2:
-      return move_elements<2>(src, src_step, dst, dst_step, count);
-    case 4:
-      return move_elements<4>(src, src_step, dst, dst_step, count);
-    case 8:
-      return move_elements<8>(src, src_step, dst, dst_step, count);
-    case 16:
-      return move_elements<16>(src, src_step, dst, dst_step, count);
-    default:
-      TORCH_CHECK_TYPE(false, "expected elements of 1, 2, 4, 8 or 16 bytes, got ", itemsize);
   }
 }
 

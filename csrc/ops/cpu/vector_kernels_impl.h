@@ -1,0 +1,275 @@
+// The loops of VectorKernels. Included once by each vector_kernels_<level>.cpp, which first defines
+//     MIMO_EXT_LEVEL       name of the version
+//     MIMO_EXT_TARGET      attribute that lets a function use the level's instructions
+//     MIMO_EXT_WIDTH       float32 numbers in a register
+//     MIMO_EXT_F16C        if the level converts float16 with an instruction
+// Everything here has internal linkage: a function compiled for one level must never be merged with another's.
+//
+// Vectors are those of the compiler (GCC and clang).
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "ops/cpu/vector_kernels.h"
+
+namespace mimo_ext::ops::cpu {
+namespace {
+
+constexpr size_t kWidth = MIMO_EXT_WIDTH;
+constexpr size_t kParts = kLanes / kWidth;  // vectors of one step
+static_assert(kLanes % kWidth == 0);
+
+/// kWidth elements, whatever their size, and half as many.
+template <typename T>
+struct VectorOf {
+  typedef T Whole __attribute__((vector_size(kWidth * sizeof(T))));
+  typedef T Half __attribute__((vector_size(kWidth / 2 * sizeof(T))));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::Whole;
+template <typename T>
+using Half = typename VectorOf<T>::Half;
+
+#define MIMO_EXT_INLINE MIMO_EXT_TARGET inline __attribute__((always_inline))
+
+template <typename V>
+MIMO_EXT_INLINE void load(V& vector, const void* from) {
+  std::memcpy(&vector, from, sizeof vector);
+}
+
+template <typename V>
+MIMO_EXT_INLINE void store(void* to, const V& vector) {
+  std::memcpy(to, &vector, sizeof vector);
+}
+
+template <typename To, typename From>
+MIMO_EXT_INLINE void reinterpret(To& to, const From& from) {
+  static_assert(sizeof to == sizeof from);
+  std::memcpy(&to, &from, sizeof to);
+}
+
+// An element type: how a vector is loaded as float32 (float64 for float64) and stored, rounded once; it then holds what
+// was stored. Vectors go by reference: by value, their calling convention would depend on the level.
+
+struct Float32 {
+  using Wide = float;
+  using Stored = float;
+  MIMO_EXT_INLINE static void load_wide(Vector<float>& wide, const float* from) { load(wide, from); }
+  MIMO_EXT_INLINE static void store_wide(float* to, Vector<float>& wide) { store(to, wide); }
+};
+
+struct Float64 {
+  using Wide = double;
+  using Stored = double;
+  MIMO_EXT_INLINE static void load_wide(Vector<double>& wide, const double* from) { load(wide, from); }
+  MIMO_EXT_INLINE static void store_wide(double* to, Vector<double>& wide) { store(to, wide); }
+};
+
+struct BFloat16 {
+  using Wide = float;
+  using Stored = uint16_t;
+  MIMO_EXT_INLINE static void load_wide(Vector<float>& wide, const uint16_t* from) {
+    Vector<uint16_t> stored;
+    load(stored, from);
+    const Vector<uint32_t> bits = __builtin_convertvector(stored, Vector<uint32_t>) << 16U;
+    reinterpret(wide, bits);
+  }
+  MIMO_EXT_INLINE static void store_wide(uint16_t* to, Vector<float>& wide) {
+    Vector<uint32_t> bits;
+    reinterpret(bits, wide);
+    const Vector<int32_t> is_nan = wide != wide;
+    Vector<uint32_t> rounded = (bits + 0x7FFFU + ((bits >> 16U) & 1U)) >> 16U;
+    rounded = (rounded & ~reinterpret_cast<const Vector<uint32_t>&>(is_nan)) |
+              (0x7FC0U & reinterpret_cast<const Vector<uint32_t>&>(is_nan));
+    const Vector<uint32_t> back = rounded << 16U;
+    reinterpret(wide, back);
+    store(to, __builtin_convertvector(rounded, Vector<uint16_t>));
+  }
+};
+
+struct Float16 {
+  using Wide = float;
+  using Stored = uint16_t;
+#ifdef MIMO_EXT_F16C
+  MIMO_EXT_INLINE static void load_wide(Vector<float>& wide, const uint16_t* from) {
+    __m256 values[kWidth / 8];
+    for (size_t i = 0; i < kWidth / 8; ++i) {
+      values[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8 * i)));
+    }
+    reinterpret(wide, values);
+  }
+  MIMO_EXT_INLINE static void store_wide(uint16_t* to, Vector<float>& wide) {
+    __m256 values[kWidth / 8];
+    reinterpret(values, wide);
+    for (size_t i = 0; i < kWidth / 8; ++i) {
+      const __m128i stored = _mm256_cvtps_ph(values[i], _MM_FROUND_TO_NEAREST_INT);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8 * i), stored);
+      values[i] = _mm256_cvtph_ps(stored);
+    }
+    reinterpret(wide, values);
+  }
+#else
+  // As in ops/narrow.h, with both sides of each condition computed.
+  MIMO_EXT_INLINE static void widen(Vector<float>& wide, const Vector<uint32_t>& stored) {
+    const Vector<uint32_t> sign = (stored & 0x8000U) << 16U;
+    const Vector<uint32_t> rest = (stored & 0x7FFFU) << 13U;
+    Vector<float> scaled;
+    reinterpret(scaled, rest);
+    scaled *= 0x1p112F;
+    Vector<uint32_t> finite;
+    reinterpret(finite, scaled);
+    const Vector<uint32_t> is_finite = reinterpret_cast<Vector<uint32_t> >(rest < 0x0F800000U);
+    const Vector<uint32_t> bits = sign | (finite & is_finite) | ((rest + 0x70000000U) & ~is_finite);
+    reinterpret(wide, bits);
+  }
+  MIMO_EXT_INLINE static void load_wide(Vector<float>& wide, const uint16_t* from) {
+    Vector<uint16_t> stored;
+    load(stored, from);
+    widen(wide, __builtin_convertvector(stored, Vector<uint32_t>));
+  }
+  MIMO_EXT_INLINE static void store_wide(uint16_t* to, Vector<float>& wide) {
+    Vector<uint32_t> bits;
+    reinterpret(bits, wide);
+    const Vector<uint32_t> sign = (bits >> 16U) & 0x8000U;
+    const Vector<uint32_t> magnitude = bits & 0x7FFFFFFFU;
+    Vector<float> with_half;
+    reinterpret(with_half, magnitude);
+    with_half += 0.5F;
+    Vector<uint32_t> small;
+    reinterpret(small, with_half);
+    small -= 0x3F000000U;
+    const Vector<uint32_t> normal = (magnitude - 0x38000000U + 0xFFFU + ((magnitude >> 13U) & 1U)) >> 13U;
+    const Vector<uint32_t> is_small = reinterpret_cast<Vector<uint32_t> >(magnitude < 0x38800000U);
+    const Vector<uint32_t> is_large = reinterpret_cast<Vector<uint32_t> >(magnitude >= 0x47800000U);
+    const Vector<uint32_t> is_nan = reinterpret_cast<Vector<uint32_t> >(magnitude > 0x7F800000U);
+    const Vector<uint32_t> rounded =
+        sign | (small & is_small) | (normal & ~is_small & ~is_large) | (0x7C00U & is_large) | (0x0200U & is_nan);
+    widen(wide, rounded);
+    store(to, __builtin_convertvector(rounded, Vector<uint16_t>));
+  }
+#endif
+};
+
+/// The two halves of a vector, in float64.
+template <typename T>
+MIMO_EXT_INLINE void widen_halves(Half<double> (&wide)[2], const Vector<T>& vector) {
+  Half<T> halves[2];
+  reinterpret(halves, vector);
+  wide[0] = __builtin_convertvector(halves[0], Half<double>);
+  wide[1] = __builtin_convertvector(halves[1], Half<double>);
+}
+
+/// Adds squares. Those of float32 are exact in float64, so that fusing product and sum changes nothing; those of
+/// float64 are rounded, and no level may fuse them.
+template <typename T>
+MIMO_EXT_INLINE void add_squares(Half<double> (&squares)[2], const Vector<T>& vector) {
+  Half<double> values[2];
+  widen_halves<T>(values, vector);
+  for (size_t h = 0; h < 2; ++h) {
+    Half<double> product = values[h] * values[h];
+    if constexpr (sizeof(T) == sizeof(double)) asm("" : "+m"(product));
+    squares[h] += product;
+  }
+}
+
+template <typename T, bool kSquares>
+MIMO_EXT_INLINE void scale_run(void* data, int64_t count, double factor, Lanes* lanes) {
+  constexpr auto kStep = static_cast<int64_t>(kLanes);
+  auto* at = static_cast<typename T::Stored*>(data);
+  const auto wide_factor = static_cast<typename T::Wide>(factor);
+  Half<double> squares[kParts][2] = {};
+  if constexpr (kSquares) std::memcpy(&squares, lanes->data(), sizeof squares);
+  for (; count >= kStep; count -= kStep, at += kLanes) {
+#pragma GCC unroll 4
+    for (size_t part = 0; part < kParts; ++part) {
+      Vector<typename T::Wide> wide;
+      T::load_wide(wide, at + part * kWidth);
+      wide *= wide_factor;
+      T::store_wide(at + part * kWidth, wide);
+      if constexpr (kSquares) add_squares<typename T::Wide>(squares[part], wide);
+    }
+  }
+  if constexpr (kSquares) std::memcpy(lanes->data(), &squares, sizeof squares);
+  // The rest, in vectors that end in zeros; what these would add (NaN if the factor is infinite) is left out.
+  for (size_t part = 0; count > 0; ++part) {
+    const auto rest = std::min(static_cast<size_t>(count), kWidth);
+    typename T::Stored stored[kWidth] = {};
+    std::memcpy(stored, at, rest * sizeof stored[0]);
+    Vector<typename T::Wide> wide;
+    T::load_wide(wide, stored);
+    wide *= wide_factor;
+    T::store_wide(stored, wide);
+    std::memcpy(at, stored, rest * sizeof stored[0]);
+    if constexpr (kSquares) {
+      Half<double> added[2] = {};
+      add_squares<typename T::Wide>(added, wide);
+      double each[kWidth];
+      std::memcpy(each, &added, sizeof each);
+      for (size_t i = 0; i < rest; ++i) (*lanes)[part * kWidth + i] += each[i];
+    }
+    at += rest;
+    count -= static_cast<int64_t>(rest);
+  }
+}
+
+template <typename T>
+MIMO_EXT_TARGET void scale(void* data, int64_t count, double factor) {
+  scale_run<T, false>(data, count, factor, nullptr);
+}
+
+template <typename T>
+MIMO_EXT_TARGET void scale_squares(void* data, int64_t count, double factor, Lanes& squares) {
+  scale_run<T, true>(data, count, factor, &squares);
+}
+
+template <typename Dst, typename Src, bool kAdd>
+MIMO_EXT_INLINE void convert_vector(typename Dst::Stored* to, const typename Src::Stored* from) {
+  Vector<typename Src::Wide> loaded;
+  Src::load_wide(loaded, from);
+  Vector<typename Dst::Wide> wide = __builtin_convertvector(loaded, Vector<typename Dst::Wide>);
+  if constexpr (kAdd) {
+    Vector<typename Dst::Wide> before;
+    Dst::load_wide(before, to);
+    wide = before + wide;
+  }
+  Dst::store_wide(to, wide);
+}
+
+template <typename Dst, typename Src, bool kAdd>
+MIMO_EXT_TARGET void convert(void* dst, const void* src, int64_t count) {
+  auto* to = static_cast<typename Dst::Stored*>(dst);
+  const auto* from = static_cast<const typename Src::Stored*>(src);
+  int64_t i = 0;
+  for (; i + static_cast<int64_t>(kWidth) <= count; i += static_cast<int64_t>(kWidth)) {
+    convert_vector<Dst, Src, kAdd>(to + i, from + i);
+  }
+  if (i == count) return;
+  const auto rest = static_cast<size_t>(count - i);
+  typename Dst::Stored rest_to[kWidth] = {};
+  typename Src::Stored rest_from[kWidth] = {};
+  if constexpr (kAdd) std::memcpy(rest_to, to + i, rest * sizeof rest_to[0]);
+  std::memcpy(rest_from, from + i, rest * sizeof rest_from[0]);
+  convert_vector<Dst, Src, kAdd>(rest_to, rest_from);
+  std::memcpy(to + i, rest_to, rest * sizeof rest_to[0]);
+}
+
+template <typename Dst, bool kAdd>
+constexpr std::array<Convert, kNumNumbers> convert_to() {
+  return {convert<Dst, Float32, kAdd>, convert<Dst, Float64, kAdd>, convert<Dst, BFloat16, kAdd>,
+          convert<Dst, Float16, kAdd>};
+}
+
+constexpr VectorKernels kKernels{
+    MIMO_EXT_LEVEL,
+    {scale<Float32>, scale<Float64>, scale<BFloat16>, scale<Float16>},
+    {scale_squares<Float32>, scale_squares<Float64>, scale_squares<BFloat16>, scale_squares<Float16>},
+    {convert_to<Float32, false>(), convert_to<Float64, false>(), convert_to<BFloat16, false>(),
+     convert_to<Float16, false>()},
+    {convert_to<Float32, true>(), convert_to<Float64, true>(), convert_to<BFloat16, true>(),
+     convert_to<Float16, true>()},
+};
+
+}  // namespace
+}  // namespace mimo_ext::ops::cpu
