@@ -142,16 +142,27 @@ def size_text(num_bytes: int | None) -> str:
 def table(measurements: Sequence[Measurement]) -> str:
     """Lines of equal columns: released and method times, the ratio with its range, the link efficiency."""
     head = ("case", "layout", "payload", "method", "released", "ours", "ratio", "lo .. hi", "efficiency", "busy")
-    rows = [head, *(_row(item) for item in measurements)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return _columns([head, *(_row(item) for item in measurements)], left=4)
+
+
+def _columns(rows: Sequence[tuple[str, ...]], left: int) -> str:
+    """Text of equal columns, the first `left` of them to the left; the first row is the head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
         cells = [
-            cell.ljust(width) if column < 4 else cell.rjust(width)
+            cell.ljust(width) if column < left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def memory_table(measurements: Sequence[Measurement]) -> str:
+    """Lines of equal columns for passes over memory: the opponent's time, ours, the ratio with its range."""
+    head = ("case", "dtype", "bytes", "opponent", "ours", "ratio", "lo .. hi", "busy")
+    rows = [_row(item) for item in measurements]
+    return _columns([head, *((row[0], row[3], row[2], *row[4:8], row[9]) for row in rows)], left=3)
 
 
 def slower(records: Sequence[Record], limit: float = 0.97) -> list[str]:

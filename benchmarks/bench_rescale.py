@@ -1,0 +1,167 @@
+#!/usr/bin/env python3
+"""The fused rescale of gradients against the passes that it replaces: one thread, 256 MB of float32.
+
+    python benchmarks/bench_rescale.py --quick --json out/rescale.json
+
+Ours multiplies, sums the squares and looks for infinities in one pass over memory. The opponents are PyTorch's own
+passes: `mul_` (no sum, no search), three of them, `mul_` and the norm, and a copy of the same bytes, which reads and
+writes as much as ours does. Every repeat times all of them one after the other, in an order that rotates. See
+benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P
+
+from busy import BUSY_LIMIT, MachineBusy, machine_usage, other_share, process_usage
+from records import Measurement, Record, measurement, memory_table, write_json
+
+ATTEMPTS = 3
+MISSED, BUSY = 1, 75
+MIB = 1 << 20
+# Opponent's time / ours that has to be reached. One mul_ moves the same bytes: ours may take a tenth more.
+LIMITS = {"fused_vs_mul": 1 / 1.10, "fused_vs_three_mul": 2.8, "fused_vs_mul_norm": 1.8}
+GATED_DTYPE = "float32"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="float32 alone, fewer repeats: a few seconds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
+    parser.add_argument("--mib", type=int, default=256, help="size of the buffer (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, help="pairs of each measurement (default: 25, quick: 9)")
+    parser.add_argument("--ignore-busy", action="store_true", help="report although other work is busy; `busy` tells")
+    options = parser.parse_args(arguments)
+    options.repeats = options.repeats or (9 if options.quick else 25)
+    options.dtypes = DTYPES[:1] if options.quick else DTYPES
+    for name in ("repeats", "mib"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: expected a positive number, got {getattr(options, name)}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        measurements = [
+            item
+            for dtype in options.dtypes
+            for item in measure(dtype, options.mib * MIB, options.repeats, options.ignore_busy)
+        ]
+    except MachineBusy as reason:
+        print(f"not reported: {reason}", file=sys.stderr)
+        return BUSY
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    print(memory_table(measurements))
+    records = [item.record for item in measurements]
+    if options.json:
+        write_json(records, options.json)
+    lines = missed(records)
+    print("\n".join(lines) if lines else f"\nAll limits kept: {limits_text()}.")
+    return MISSED if lines else 0
+
+
+def limits_text() -> str:
+    return ", ".join(f"{name} >= {limit:.2f}" for name, limit in LIMITS.items())
+
+
+def missed(records: Sequence[Record]) -> list[str]:
+    """A line for each limit that was not reached."""
+    return [
+        f"missed: {record.name}: expected at least {LIMITS[record.name]:.2f}, got {record.ratio_median}"
+        for record in records
+        if record.name in LIMITS
+        and record.method == GATED_DTYPE
+        and record.ratio_median is not None
+        and record.ratio_median < LIMITS[record.name]
+    ]
+
+
+def measure(dtype: str, num_bytes: int, repeats: int, ignore_busy: bool) -> list[Measurement]:
+    """All opponents for one dtype; again, where other work was busy."""
+    for _ in range(ATTEMPTS):
+        machine, mine = machine_usage(), process_usage()
+        times = pass_times(dtype, num_bytes, repeats)
+        busy = other_share(machine_usage() - machine, [process_usage() - mine])
+        if ignore_busy or busy <= BUSY_LIMIT:
+            ours = times.pop("fused")
+            return [
+                measurement(
+                    f"fused_vs_{opponent}",
+                    None,
+                    num_bytes,
+                    dtype,
+                    released_s=theirs,
+                    method_s=ours,
+                    bound_s=None,
+                    busy=busy,
+                )
+                for opponent, theirs in times.items()
+            ]
+    raise MachineBusy(
+        f"{dtype}: other work used {busy:.0%} of the machine, expected at most {BUSY_LIMIT:.0%} ({ATTEMPTS} attempts)"
+    )
+
+
+def pass_times(dtype: str, num_bytes: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each repeat, by what was run."""
+    import torch
+
+    from mimo_ext import ops
+
+    torch.set_num_threads(1)
+    x = torch.empty(num_bytes // getattr(torch, dtype).itemsize, dtype=getattr(torch, dtype))
+    x.uniform_(0.5, 1.0, generator=torch.Generator().manual_seed(0))
+    copied = torch.empty_like(x)
+    one = torch.tensor(1.0)  # keeps the values, however often it is applied
+    sumsq, found_inf = ops.rescale_([x], one, with_sumsq=True, with_found_inf=True)
+    norm = torch.linalg.vector_norm(x, dtype=torch.float64)
+    if found_inf.item() or not torch.isclose(sumsq.sqrt(), norm, rtol=1e-9):
+        raise AssertionError(f"fused: norm {sumsq.sqrt().item()}, expected {norm.item()}")
+
+    def three() -> None:
+        x.mul_(one)
+        x.mul_(one)
+        x.mul_(one)
+
+    def mul_norm() -> None:
+        x.mul_(one)
+        torch.linalg.vector_norm(x)
+
+    runs: dict[str, Callable[[], object]] = {
+        "fused": lambda: ops.rescale_([x], one, with_sumsq=True, with_found_inf=True),
+        "mul": lambda: x.mul_(one),
+        "three_mul": three,
+        "mul_norm": mul_norm,
+        "memcpy": lambda: copied.copy_(x),
+    }
+    return rotating_times(runs, repeats)
+
+
+def rotating_times(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Every repeat runs all, each time beginning with another one. One repeat before the first warms up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for repeat in range(-1, repeats):
+        first = repeat % len(names)
+        for name in names[first:] + names[:first]:
+            begin = time.perf_counter()
+            runs[name]()
+            end = time.perf_counter()
+            if repeat >= 0:
+                times[name].append(end - begin)
+    return times
+
+
+if __name__ == "__main__":
+    sys.exit(main())
