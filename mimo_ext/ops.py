@@ -4,7 +4,10 @@ A *box* is a rectangular range of an n-D tensor, given by ``start[n]`` and ``siz
 flat lists of ``k * n`` integers, ``starts`` and ``sizes``. A *buffer* is a 1-D tensor with the elements of the boxes,
 one box after another, each in row-major order: what travels between ranks.
 
-All ops run on CPU tensors of any strides; on a device without a kernel they raise NotImplementedError.
+Between float32, float64, bfloat16 and float16 the ops convert on the way, in the same pass.
+
+All ops run on CPU tensors of any strides, and on CUDA tensors where the extension was built with its CUDA kernels
+(:func:`mimo_ext.has_cuda`); on a device without a kernel they raise NotImplementedError.
 """
 
 import math
@@ -44,52 +47,64 @@ def _numel_of_boxes(op: str, shape: Sequence[int], starts: Sequence[int], sizes:
     return sum(math.prod(sizes[i : i + ndim]) for i in range(0, len(sizes), ndim))
 
 
-def _check_buffer(op: str, buffer: Tensor, tensor: Tensor, numel: int) -> None:
+_CONVERTED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _check_dtype(op: str, buffer: torch.dtype, tensor: torch.dtype) -> None:
+    _check(
+        buffer == tensor or (buffer in _CONVERTED and tensor in _CONVERTED),
+        TypeError,
+        f"{op}: expected a buffer of dtype {tensor} (that of the tensor)"
+        f"{', or float32, float64, bfloat16 or float16' if tensor in _CONVERTED else ''}, got {buffer}",
+    )
+
+
+def _check_buffer(op: str, buffer: Tensor, tensor_dtype: torch.dtype, numel: int) -> None:
     _check(buffer.dim() == 1, ValueError, f"{op}: expected a 1-D buffer, got shape {list(buffer.shape)}")
     _check(
         buffer.numel() == numel,
         ValueError,
         f"{op}: expected a buffer of {numel} elements (the boxes together), got {buffer.numel()}",
     )
-    _check(
-        buffer.dtype == tensor.dtype,
-        TypeError,
-        f"{op}: expected a buffer of dtype {tensor.dtype} (that of the tensor), got {buffer.dtype}",
-    )
+    _check_dtype(op, buffer.dtype, tensor_dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------- pack
 
 
-def pack(x: Tensor, starts: Sequence[int], sizes: Sequence[int]) -> Tensor:
+def pack(x: Tensor, starts: Sequence[int], sizes: Sequence[int], *, dtype: torch.dtype | None = None) -> Tensor:
     """Copies boxes of a tensor into a new buffer. Differentiable; its adjoint is :func:`unpack`.
 
     Args:
         x: n-D tensor (n >= 1) of any dtype and any strides, expanded ones included.
         starts: ``k * n`` integers, the first index of each box in each dimension.
         sizes: ``k * n`` integers. Boxes may be empty and may overlap.
+        dtype: of the buffer; None: that of ``x``.
 
     Returns:
-        1-D contiguous tensor, dtype and device of ``x``, with ``sum(prod(size) for each box)`` elements.
+        1-D contiguous tensor on the device of ``x``, with ``sum(prod(size) for each box)`` elements.
 
     Raises:
         ValueError: a box leaves ``x``, or the lists do not hold n numbers for each box.
+        TypeError: there is no conversion from the dtype of ``x`` to ``dtype``.
     """
-    return torch.ops.mimo_ext.pack.default(x, starts, sizes)
+    return torch.ops.mimo_ext.pack.default(x, starts, sizes, dtype)
 
 
 @torch.library.register_fake("mimo_ext::pack")
-def _pack_fake(x: Tensor, starts: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    return x.new_empty(_numel_of_boxes("pack", x.shape, starts, sizes))
+def _pack_fake(x: Tensor, starts: Sequence[int], sizes: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    numel = _numel_of_boxes("pack", x.shape, starts, sizes)
+    _check_dtype("pack_into", dtype or x.dtype, x.dtype)
+    return x.new_empty(numel, dtype=dtype or x.dtype)
 
 
 def _pack_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ctx.starts, ctx.sizes = inputs
-    ctx.shape = x.shape
+    x, ctx.starts, ctx.sizes, _ = inputs
+    ctx.shape, ctx.dtype = x.shape, x.dtype
 
 
-def _pack_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return unpack(grad, ctx.shape, ctx.starts, ctx.sizes), None, None
+def _pack_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return unpack(grad, ctx.shape, ctx.starts, ctx.sizes, dtype=ctx.dtype), None, None, None
 
 
 torch.library.register_autograd("mimo_ext::pack", _pack_backward, setup_context=_pack_setup_context)
@@ -98,7 +113,14 @@ torch.library.register_autograd("mimo_ext::pack", _pack_backward, setup_context=
 # -------------------------------------------------------------------------------------------------------------- unpack
 
 
-def unpack(buffer: Tensor, shape: Sequence[int], starts: Sequence[int], sizes: Sequence[int]) -> Tensor:
+def unpack(
+    buffer: Tensor,
+    shape: Sequence[int],
+    starts: Sequence[int],
+    sizes: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Zeros with the pieces of a buffer added into boxes. Differentiable; the adjoint of :func:`pack`.
 
     Args:
@@ -107,30 +129,39 @@ def unpack(buffer: Tensor, shape: Sequence[int], starts: Sequence[int], sizes: S
         starts: ``k * n`` integers, the first index of each box in each dimension.
         sizes: ``k * n`` integers. Where boxes overlap, their pieces sum, in the order of the boxes; float16, bfloat16
             and float8 are added in float32 and rounded after each box.
+        dtype: of the result; None: that of ``buffer``.
 
     Returns:
-        Contiguous tensor of ``shape``, dtype and device of ``buffer``.
+        Contiguous tensor of ``shape`` on the device of ``buffer``.
 
     Raises:
         ValueError: a box leaves ``shape``, the lists do not hold n numbers for each box, or the buffer is not 1-D or of
             another length.
-        TypeError: a dtype that has no sums (bool, float8_e8m0fnu).
+        TypeError: a dtype that has no sums (bool, float8_e8m0fnu), or no conversion from that of ``buffer``.
     """
-    return torch.ops.mimo_ext.unpack.default(buffer, shape, starts, sizes)
+    return torch.ops.mimo_ext.unpack.default(buffer, shape, starts, sizes, dtype)
 
 
 @torch.library.register_fake("mimo_ext::unpack")
-def _unpack_fake(buffer: Tensor, shape: Sequence[int], starts: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    _check_buffer("unpack_", buffer, buffer, _numel_of_boxes("unpack", shape, starts, sizes))
-    return buffer.new_empty(shape)
+def _unpack_fake(
+    buffer: Tensor,
+    shape: Sequence[int],
+    starts: Sequence[int],
+    sizes: Sequence[int],
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    dtype = dtype or buffer.dtype
+    _check_buffer("unpack_", buffer, dtype, _numel_of_boxes("unpack", shape, starts, sizes))
+    return buffer.new_empty(shape, dtype=dtype)
 
 
 def _unpack_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, ctx.starts, ctx.sizes = inputs
+    buffer, _, ctx.starts, ctx.sizes, _ = inputs
+    ctx.dtype = buffer.dtype
 
 
-def _unpack_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    return pack(grad, ctx.starts, ctx.sizes), None, None, None
+def _unpack_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    return pack(grad, ctx.starts, ctx.sizes, dtype=ctx.dtype), None, None, None, None
 
 
 torch.library.register_autograd("mimo_ext::unpack", _unpack_backward, setup_context=_unpack_setup_context)
@@ -147,15 +178,17 @@ def unpack_(
     Args:
         out: n-D tensor (n >= 1), changed in place; elements outside the boxes stay as they are. Any dtype, and any
             strides that keep its elements apart (an expanded tensor is refused).
-        buffer: 1-D tensor, dtype and device of ``out``, as long as the boxes together.
+        buffer: 1-D tensor on the device of ``out``, as long as the boxes together; dtype of ``out``, or both are of
+            float32, float64, bfloat16 and float16.
         starts: ``k * n`` integers, the first index of each box in each dimension.
         sizes: ``k * n`` integers. Where boxes overlap, the last one written stays.
-        accumulate: add instead of writing, as :func:`unpack` does.
+        accumulate: add instead of writing, as :func:`unpack` does: in the dtype of ``out``, or in float32 where that is
+            narrower.
 
     Raises:
         ValueError: a box leaves ``out``; the lists do not hold n numbers for each box; the buffer is not 1-D, of
             another length or on another device; elements of ``out`` share memory.
-        TypeError: the dtypes differ, or ``accumulate`` with a dtype that has no sums (bool, float8_e8m0fnu).
+        TypeError: dtypes without a conversion, or ``accumulate`` with a dtype that has no sums (bool, float8_e8m0fnu).
         RuntimeError: ``out`` or ``buffer`` requires grad while grad mode is on, or they share memory.
     """
     torch.ops.mimo_ext.unpack_.default(out, buffer, starts, sizes, accumulate)
@@ -165,12 +198,12 @@ def unpack_(
 def _unpack_in_place_fake(
     out: Tensor, buffer: Tensor, starts: Sequence[int], sizes: Sequence[int], accumulate: bool = False
 ) -> None:
-    _check_buffer("unpack_", buffer, out, _numel_of_boxes("unpack_", out.shape, starts, sizes))
+    _check_buffer("unpack_", buffer, out.dtype, _numel_of_boxes("unpack_", out.shape, starts, sizes))
 
 
 @torch.library.register_fake("mimo_ext::pack_into")
 def _pack_into_fake(buffer: Tensor, x: Tensor, starts: Sequence[int], sizes: Sequence[int]) -> None:
-    _check_buffer("pack_into", buffer, x, _numel_of_boxes("pack_into", x.shape, starts, sizes))
+    _check_buffer("pack_into", buffer, x.dtype, _numel_of_boxes("pack_into", x.shape, starts, sizes))
 
 
 # ------------------------------------------------------------------------------------------------------------ rescale_
@@ -182,7 +215,8 @@ def rescale_(
     """Multiplies every buffer in place by one factor, in one pass. Not differentiable.
 
     float16 and bfloat16 are multiplied in float32 and rounded once. The host never waits for a device: the factor is
-    read, and both results are written, where the buffers are.
+    read, and both results are written, where the buffers are. On a CUDA device a launch takes up to 128 buffers, and
+    the call can be captured in a CUDA graph.
 
     Args:
         buffers: float32, float64, bfloat16 or float16 tensors (they may differ) of any sizes and any strides, none

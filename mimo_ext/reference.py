@@ -15,10 +15,10 @@ def boxes(ndim: int, starts: Sequence[int], sizes: Sequence[int]) -> Iterator[tu
         yield tuple(slice(a, a + n) for a, n in zip(starts[i : i + ndim], sizes[i : i + ndim], strict=True))
 
 
-def pack(x: Tensor, starts: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    """The boxes of ``x``, flattened and joined. Returns [elements], dtype of ``x``."""
+def pack(x: Tensor, starts: Sequence[int], sizes: Sequence[int], *, dtype: torch.dtype | None = None) -> Tensor:
+    """The boxes of ``x``, flattened and joined. Returns [elements], dtype of ``x`` or another."""
     pieces = [x[box].reshape(-1) for box in boxes(x.dim(), starts, sizes)]
-    return torch.cat([x.new_empty(0), *pieces])
+    return torch.cat([x.new_empty(0), *pieces]).to(dtype or x.dtype)
 
 
 def unpack_(
@@ -37,9 +37,16 @@ def unpack_(
         out[box] = piece
 
 
-def unpack(buffer: Tensor, shape: Sequence[int], starts: Sequence[int], sizes: Sequence[int]) -> Tensor:
+def unpack(
+    buffer: Tensor,
+    shape: Sequence[int],
+    starts: Sequence[int],
+    sizes: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Zeros of ``shape`` with the pieces added."""
-    out = torch.zeros(shape, dtype=buffer.dtype)
+    out = torch.zeros(shape, dtype=dtype or buffer.dtype)
     unpack_(out, buffer, starts, sizes, accumulate=True)
     return out
 

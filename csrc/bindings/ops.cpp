@@ -1,5 +1,5 @@
 // Schemas of the ops and the registrations that hold on every device. The kernels of a device register themselves in
-// its folder (ops/cpu); fakes and the autograd formulas of the functional ops are in mimo_ext/ops.py.
+// its folder (ops/cpu, ops/cuda); fakes and the autograd formulas of the functional ops are in mimo_ext/ops.py.
 
 #include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
@@ -76,7 +76,8 @@ TORCH_LIBRARY(mimo_ext, m) {
       "pack("
       "Tensor x, "
       "SymInt[] starts, "
-      "SymInt[] sizes"
+      "SymInt[] sizes, "
+      "ScalarType? dtype=None"
       ") -> Tensor");
 
   // The same into a buffer that exists: what a device implements for pack.
@@ -104,7 +105,8 @@ TORCH_LIBRARY(mimo_ext, m) {
       "Tensor buffer, "
       "SymInt[] shape, "
       "SymInt[] starts, "
-      "SymInt[] sizes"
+      "SymInt[] sizes, "
+      "ScalarType? dtype=None"
       ") -> Tensor");
 
   // The gradient rescale of a module in one pass.

@@ -13,12 +13,19 @@
 namespace mimo_ext::ops {
 namespace {
 
+/// Floating point types of arithmetic.
+bool is_floating(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
 void check_buffer(const char* op, const at::Tensor& buffer, const at::Tensor& tensor, int64_t numel) {
   TORCH_CHECK_VALUE(buffer.dim() == 1, op, ": expected a 1-D buffer, got shape ", buffer.sizes());
   TORCH_CHECK_VALUE(buffer.numel() == numel, op, ": expected a buffer of ", numel,
                     " elements (the boxes together), got ", buffer.numel());
-  TORCH_CHECK_TYPE(buffer.scalar_type() == tensor.scalar_type(), op, ": expected a buffer of dtype ",
-                   tensor.scalar_type(), " (that of the tensor), got ", buffer.scalar_type());
+  TORCH_CHECK_TYPE(can_convert(buffer.scalar_type(), tensor.scalar_type()), op, ": expected a buffer of dtype ",
+                   tensor.scalar_type(), " (that of the tensor)",
+                   is_floating(tensor.scalar_type()) ? ", or Float, Double, BFloat16 or Half" : "", ", got ",
+                   buffer.scalar_type());
   TORCH_CHECK_VALUE(buffer.device() == tensor.device(), op, ": expected a buffer on device ", tensor.device(),
                     " (that of the tensor), got ", buffer.device());
   at::assert_no_overlap(buffer, tensor);
@@ -29,6 +36,10 @@ void check_buffer(const char* op, const at::Tensor& buffer, const at::Tensor& te
 bool can_accumulate(at::ScalarType dtype) {
   return dtype != at::kFloat8_e8m0fnu && dtype != at::kFloat4_e2m1fn_x2 &&
          (c10::isIntegralType(dtype, /*includeBool=*/false) || c10::isFloatingType(dtype) || c10::isComplexType(dtype));
+}
+
+bool can_convert(at::ScalarType from, at::ScalarType to) {
+  return from == to || (is_floating(from) && is_floating(to));
 }
 
 int64_t check_boxes(const char* op, at::IntArrayRef shape, at::IntArrayRef starts, at::IntArrayRef sizes) {
@@ -73,9 +84,11 @@ void check_unpack_(const at::Tensor& out, const at::Tensor& buffer, at::IntArray
                     " with strides ", out.strides(), " (an expanded tensor?)");
 }
 
-at::Tensor pack(const at::Tensor& x, at::IntArrayRef starts, at::IntArrayRef sizes) {
+at::Tensor pack(const at::Tensor& x, at::IntArrayRef starts, at::IntArrayRef sizes,
+                std::optional<at::ScalarType> dtype) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  at::Tensor buffer = at::empty({check_boxes("pack", x.sizes(), starts, sizes)}, x.options());
+  at::Tensor buffer =
+      at::empty({check_boxes("pack", x.sizes(), starts, sizes)}, x.options().dtype(dtype.value_or(x.scalar_type())));
   pack_into(buffer, x, starts, sizes);
   return buffer;
 }
@@ -95,10 +108,11 @@ void unpack_(const at::Tensor& out, const at::Tensor& buffer, at::IntArrayRef st
   op.call(out, buffer, starts, sizes, accumulate);
 }
 
-at::Tensor unpack(const at::Tensor& buffer, at::IntArrayRef shape, at::IntArrayRef starts, at::IntArrayRef sizes) {
+at::Tensor unpack(const at::Tensor& buffer, at::IntArrayRef shape, at::IntArrayRef starts, at::IntArrayRef sizes,
+                  std::optional<at::ScalarType> dtype) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   check_boxes("unpack", shape, starts, sizes);
-  at::Tensor out = at::zeros(shape, buffer.options());
+  at::Tensor out = at::zeros(shape, buffer.options().dtype(dtype.value_or(buffer.scalar_type())));
   unpack_(out, buffer, starts, sizes, /*accumulate=*/true);
   return out;
 }

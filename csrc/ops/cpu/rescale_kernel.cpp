@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "ops/cpu/move.h"
+#include "ops/cpu/numbers.h"
 #include "ops/cpu/vector_kernels.h"
 #include "ops/rescale.h"
 #include "ops/strided.h"
@@ -27,7 +28,7 @@ constexpr int64_t kTask = 32768;  // elements that are worth a thread; changes n
 struct Job {
   std::byte* data;
   int64_t itemsize;
-  cpu::Number dtype;
+  size_t dtype;  // a cpu::Number
   Strided region;
 };
 
@@ -43,19 +44,6 @@ struct Partial {
   double sumsq = 0;
   bool found_inf = false;
 };
-
-cpu::Number number_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat:
-      return cpu::Number::kFloat32;
-    case at::kDouble:
-      return cpu::Number::kFloat64;
-    case at::kBFloat16:
-      return cpu::Number::kBFloat16;
-    default:  // check_rescale_ has let nothing else through
-      return cpu::Number::kFloat16;
-  }
-}
 
 /// Calls `visit(data, count)` for contiguous pieces of a block; those of memory with gaps are copies that are written
 /// back.
@@ -86,20 +74,21 @@ bool has_inf_or_nan(const Job& job, const Block& block) {
 
 Partial scale_block(const Job& job, const Block& block, double factor, bool with_sumsq, bool with_found_inf) {
   const cpu::VectorKernels& kernels = cpu::vector_kernels();
-  const auto dtype = static_cast<size_t>(job.dtype);
   Partial partial;
   if (!with_sumsq && !with_found_inf) {
-    for_each_piece(job, block, [&](std::byte* piece, int64_t count) { kernels.scale[dtype](piece, count, factor); });
+    for_each_piece(job, block,
+                   [&](std::byte* piece, int64_t count) { kernels.scale[job.dtype](piece, count, factor); });
     return partial;
   }
   cpu::Lanes squares{};
-  for_each_piece(job, block,
-                 [&](std::byte* piece, int64_t count) { kernels.scale_squares[dtype](piece, count, factor, squares); });
+  for_each_piece(job, block, [&](std::byte* piece, int64_t count) {
+    kernels.scale_squares[job.dtype](piece, count, factor, squares);
+  });
   for (const double part : squares) partial.sumsq += part;
   // An infinity or NaN makes the sum one. Without any, the squares of a block of float32 or narrower values are finite
   // in float64, and so is their sum; those of float64 may overflow.
   partial.found_inf = with_found_inf && !std::isfinite(partial.sumsq) &&
-                      (job.dtype != cpu::Number::kFloat64 || has_inf_or_nan(job, block));
+                      (job.dtype != static_cast<size_t>(cpu::Number::kFloat64) || has_inf_or_nan(job, block));
   return partial;
 }
 
@@ -115,7 +104,7 @@ std::tuple<at::Tensor, at::Tensor> rescale_cpu(at::TensorList buffers, const at:
     const int64_t numel = buffers[i].numel();
     const at::ScalarType dtype = buffers[i].scalar_type();
     jobs.push_back({static_cast<std::byte*>(buffers[i].mutable_data_ptr()),
-                    static_cast<int64_t>(c10::elementSize(dtype)), number_of(dtype), in_memory_order(buffers[i])});
+                    static_cast<int64_t>(c10::elementSize(dtype)), *number_of(dtype), in_memory_order(buffers[i])});
     total += numel;
     for (int64_t begin = 0; begin < numel; begin += kBlock) {
       blocks.push_back({i, begin, std::min(begin + kBlock, numel)});
