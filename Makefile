@@ -38,6 +38,7 @@ help:
 	@echo "make check-install       a Megatron script that knows nothing of us, on Megatron's classes and on ours"
 	@echo "make check-sanitize      ASan, UBSan and TSan over the C++ tests and over the extension in Python"
 	@echo "make soak      ten minutes (SOAK_SECONDS) of random shapes, delays and layouts: is everything flat?"
+	@echo "make check-cuda          the CUDA kernels compile, link and load (skipped, and said so, without a toolkit)"
 	@echo "make test      all tests: lint, C++, Python, distributed, Megatron"
 	@echo "make fuzz      headers, plans and row shards of any numbers, millions of them (needs clang with libFuzzer)"
 	@echo "make bench     the bridge against Megatron's own, on an emulated cluster (needs root): benchmarks/README.md"
@@ -139,6 +140,7 @@ bench: $(VENV)/.example $(VENV)/.built
 	$(BENCH)/bench_bridge.py --json out/bench/bridge.json --png out/bench/bridge.png $(BENCH_ARGS) || test $$? -eq 77
 	$(BENCH)/bench_training.py --json out/bench/training.json $(QUIET_ARGS) || test $$? -eq 77
 	$(BENCH)/bench_host.py --json out/bench/host.json $(QUIET_ARGS)
+	$(BENCH)/bench_rescale.py --json out/bench/rescale.json $(QUIET_ARGS)
 	$(PY) -W ignore benchmarks/bench_plan.py --json out/bench/plan.json --details out/bench/plan_details.json \
 		$(filter --quick,$(BENCH_ARGS))
 
@@ -152,8 +154,13 @@ figures: $(VENV)/.example $(VENV)/.built
 test: export MIMO_EXT_WERROR = 1
 test: export MIMO_EXT_MEGATRON_BRIDGE = $(VENV)/megatron-bridge
 test: $(VENV)/.test $(VENV)/.bridge $(VENV)/.built
-	@$(MAKE) --no-print-directory lint test-cpp fuzz-smoke
+	@$(MAKE) --no-print-directory lint test-cpp fuzz-smoke check-cuda
 	$(PY) -P -m pytest tests $(PYTEST_ARGS)
+
+# Objects that `make build` has left in build/ are used again: a minute or less.
+.PHONY: check-cuda
+check-cuda: $(VENV)/.built
+	$(PY) -P scripts/check_cuda.py
 
 .PHONY: test-cpp
 test-cpp:

@@ -28,3 +28,18 @@ def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     left = before.growth()
     assert not left, f"left behind: {'; '.join(left)}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the GPU are skipped, with the reason in the report, where they cannot run; they never pass silently."""
+    reason = None
+    if not torch.cuda.is_available():
+        reason = "needs an NVIDIA GPU: torch.cuda.is_available() is False"
+    else:
+        import mimo_ext
+
+        if not mimo_ext.has_cuda():
+            reason = "needs the CUDA kernels: this extension was built without (MIMO_EXT_CUDA)"
+    for item in items:
+        if reason and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,5 +1,5 @@
-// The arithmetic of the CUDA pack kernels on the host: tables of boxes, and the functions that the device's threads run,
-// for all threads one after another, against loops over indices.
+// The arithmetic of the CUDA pack kernels on the host: tables of boxes, and the functions that the device's threads
+// run, for all threads one after another, against loops over indices.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -30,7 +30,8 @@ TEST(Divisor, IsExactForAllNumbersBelow2To63) {
       numbers.push_back(constant * factor - 1);
     }
     for (int i = 0; i < 200; ++i) numbers.push_back(static_cast<int64_t>(random() >> (1 + i % 63)));
-    for (const int64_t number : numbers) ASSERT_EQ(divide(number, by), number / constant) << number << " / " << constant;
+    for (const int64_t number : numbers)
+      ASSERT_EQ(divide(number, by), number / constant) << number << " / " << constant;
   }
 }
 
@@ -72,12 +73,9 @@ struct Case {
 
 template <typename Strided, typename Dense>
 std::vector<BoxTable> tables_of(const Case& of, const Strided* strided, const Dense* dense, int unit, bool writes) {
-  const Sides sides{of.strides.data(),
-                    static_cast<int>(of.dims()),
-                    sizeof(Strided),
-                    reinterpret_cast<uintptr_t>(strided + of.offset),
-                    sizeof(Dense),
-                    reinterpret_cast<uintptr_t>(dense)};
+  const Sides sides{of.strides.data(), static_cast<int>(of.dims()),
+                    sizeof(Strided),   reinterpret_cast<uintptr_t>(strided + of.offset),
+                    sizeof(Dense),     reinterpret_cast<uintptr_t>(dense)};
   return box_tables(sides, of.starts.data(), of.sizes.data(), of.num_boxes(), unit, writes);
 }
 
@@ -196,7 +194,9 @@ TEST(CudaPack, AnyNumberOfDimensions) {
 
 TEST(CudaPack, RandomBoxesOfRandomStrides) {
   std::mt19937 random(0);
-  const auto number = [&](int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random); };
+  const auto number = [&](int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(random);
+  };
   for (int repeat = 0; repeat < 300; ++repeat) {
     Case of;
     const auto dims = static_cast<size_t>(number(1, 5));
@@ -290,7 +290,8 @@ void check_conversions(const Case& of, int expected_unit) {
   std::mt19937 random(1);
   std::normal_distribution<double> normal;
   const auto fill = [&]<typename T>(T* data, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) store_number(data[i], static_cast<typename Arithmetic<T>::type>(normal(random)));
+    for (int64_t i = 0; i < count; ++i)
+      store_number(data[i], static_cast<typename Arithmetic<T>::type>(normal(random)));
   };
   Aligned<Strided> memory(of.extent());
   Aligned<Dense> dense(total);
@@ -389,8 +390,7 @@ TEST(CudaPack, BoxesThatAreWrittenAndShareElementsAreLaunchesOfTheirOwn) {
     many.starts.insert(many.starts.end(), {i, 0});
     many.sizes.insert(many.sizes.end(), {1, 4});
   }
-  const size_t launches =
-      tables_of(many, static_cast<float*>(nullptr), static_cast<float*>(nullptr), 4, true).size();
+  const size_t launches = tables_of(many, static_cast<float*>(nullptr), static_cast<float*>(nullptr), 4, true).size();
   EXPECT_GE(launches, 1000U / kBoxes);
   EXPECT_LE(launches, 1000U / kBoxes + 5);
 }

@@ -1,5 +1,5 @@
-// The arithmetic of the CUDA rescale kernels on the host: the functions that the device's threads run, for all threads one
-// after another, against plain loops.
+// The arithmetic of the CUDA rescale kernels on the host: the functions that the device's threads run, for all threads
+// one after another, against plain loops.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -132,8 +132,8 @@ TYPED_TEST_SUITE(CudaRescale, Types);
 
 TYPED_TEST(CudaRescale, ScalesEverySizeAndAlignmentAndTheSumDoesNotDependOnTheAlignment) {
   const float factor = 0.3F;
-  for (const size_t numel : {size_t{1}, size_t{7}, size_t{1000}, size_t{16383}, size_t{16384}, size_t{16385},
-                             size_t{40000}}) {
+  for (const size_t numel :
+       {size_t{1}, size_t{7}, size_t{1000}, size_t{16383}, size_t{16384}, size_t{16385}, size_t{40000}}) {
     std::vector<double> sums;
     for (const size_t shift : {0U, 1U, 2U, 5U}) {
       // The values do not depend on the shift: they are put in anew.
@@ -215,7 +215,8 @@ TEST(CudaRescaleTable, ChunksAreCountedIn64Bits) {
   // No memory behind it: only the table is looked at.
   float first = 0;
   const int64_t numel = (int64_t{1} << 40) + 1;
-  const std::vector<RescaleTable> tables = rescale_tables({{&first, 3, Number::kFloat32}, {&first, numel, Number::kFloat32}});
+  const std::vector<RescaleTable> tables =
+      rescale_tables({{&first, 3, Number::kFloat32}, {&first, numel, Number::kFloat32}});
   ASSERT_EQ(tables.size(), 1U);
   EXPECT_EQ(tables[0].num_chunks, 1 + (int64_t{1} << 26) + 1);
   EXPECT_EQ(buffer_of_chunk(tables[0], 0), 0);

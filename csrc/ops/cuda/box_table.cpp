@@ -132,8 +132,8 @@ void add_region(Tables& tables, const Sides& sides, Region region, int64_t unit)
 }  // namespace
 
 Divisor divisor_of(int64_t constant) {
-  // With l = ceil(log2(constant)) and magic = ceil(2^(63 + l) / constant) < 2^64, the error magic * constant - 2^(63 + l)
-  // is below 2^l: for n < 2^63, n * magic / 2^(63 + l) is above n / constant by less than 1 / constant.
+  // With l = ceil(log2(constant)) and magic = ceil(2^(63 + l) / constant) < 2^64, the error magic * constant - 2^(63 +
+  // l) is below 2^l: for n < 2^63, n * magic / 2^(63 + l) is above n / constant by less than 1 / constant.
   if (constant == 1) return {};
   const auto l = static_cast<int>(std::bit_width(static_cast<uint64_t>(constant - 1)));
   __extension__ typedef unsigned __int128 Wide;

@@ -1,7 +1,7 @@
 #pragma once
 
-// What the pack kernels are told: boxes of a strided tensor, cut into units that a thread moves at once. Small enough for
-// the arguments of a kernel. C++ standard library only.
+// What the pack kernels are told: boxes of a strided tensor, cut into units that a thread moves at once. Small enough
+// for the arguments of a kernel. C++ standard library only.
 
 #include <cstdint>
 #include <vector>
@@ -56,9 +56,9 @@ struct Sides {
 
 /// Launches for `num_boxes` boxes (starts and sizes: num_dims numbers for each), in their order.
 ///
-/// unit: largest number of elements to be moved at once, a power of two; a launch has that many if all addresses, strides
-/// and sizes allow it, else one.
-/// writes_boxes: boxes that share elements go to different launches, so that the later one is written (or added) later.
+/// unit: largest number of elements to be moved at once, a power of two; a launch has that many if all addresses,
+/// strides and sizes allow it, else one. writes_boxes: boxes that share elements go to different launches, so that the
+/// later one is written (or added) later.
 std::vector<BoxTable> box_tables(const Sides& sides, const int64_t* starts, const int64_t* sizes, int64_t num_boxes,
                                  int unit, bool writes_boxes);
 

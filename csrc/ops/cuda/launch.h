@@ -19,8 +19,8 @@ const char* launch_rescale(const RescaleTable& table, const void* factor, bool f
 const char* launch_rescale_sum(const double* squares, const bool* inf, int64_t num_chunks, double* sumsq,
                                float* found_inf, void* stream);
 
-/// Copies boxes to (`to_dense`) or from a dense buffer, in units of table.unit elements of `itemsize` bytes; the product
-/// is 1, 2, 4, 8 or 16.
+/// Copies boxes to (`to_dense`) or from a dense buffer, in units of table.unit elements of `itemsize` bytes; the
+/// product is 1, 2, 4, 8 or 16.
 const char* launch_move(const BoxTable& table, int itemsize, void* strided, void* dense, bool to_dense, void* stream);
 
 /// Copies with conversion between floating point types, or adds the dense buffer to the boxes; table.unit is 4 or 1.

@@ -29,7 +29,7 @@ template <typename Unit>
 const char* move(const BoxTable& table, void* strided, void* dense, bool to_dense, void* stream) {
   const auto blocks = static_cast<unsigned>(table.first_block[table.num_boxes]);
   move_kernel<<<blocks, kMoveThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, static_cast<Unit*>(strided),
-                                                                            static_cast<Unit*>(dense), to_dense);
+                                                                              static_cast<Unit*>(dense), to_dense);
   return launch_error();
 }
 
@@ -37,7 +37,7 @@ template <typename Integer>
 const char* add(const BoxTable& table, void* strided, const void* dense, void* stream) {
   const auto blocks = static_cast<unsigned>(table.first_block[table.num_boxes]);
   add_kernel<<<blocks, kMoveThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, static_cast<Integer*>(strided),
-                                                                           static_cast<const Integer*>(dense));
+                                                                             static_cast<const Integer*>(dense));
   return launch_error();
 }
 

@@ -128,8 +128,7 @@ MIMO_EXT_HOST_DEVICE inline Together<Wide, kCount> load_unit(const void* data, N
 }
 
 template <typename Wide, int kCount>
-MIMO_EXT_HOST_DEVICE inline void store_unit(void* data, Number type, int64_t unit,
-                                            const Together<Wide, kCount>& wide) {
+MIMO_EXT_HOST_DEVICE inline void store_unit(void* data, Number type, int64_t unit, const Together<Wide, kCount>& wide) {
   switch (type) {
     case Number::kFloat32:
       return store_typed<float>(data, unit, wide);
@@ -148,8 +147,8 @@ struct Numbers {
   Number type;
 };
 
-/// Converts units of kCount numbers, or adds them. Wide: the arithmetic, that of the type written (float32, or float64 for
-/// float64); what is read is rounded to it first.
+/// Converts units of kCount numbers, or adds them. Wide: the arithmetic, that of the type written (float32, or float64
+/// for float64); what is read is rounded to it first.
 template <typename Wide, int kCount>
 MIMO_EXT_HOST_DEVICE inline void convert_units(const BoxTable& table, Numbers strided, Numbers dense,
                                                Direction direction, int64_t block, int thread) {

@@ -1,7 +1,7 @@
 #pragma once
 
-// What the rescale kernels are told: which memory, cut into which chunks. Small enough for the arguments of a kernel, so
-// that a launch needs no copy to the device and can be captured in a graph. C++ standard library only.
+// What the rescale kernels are told: which memory, cut into which chunks. Small enough for the arguments of a kernel,
+// so that a launch needs no copy to the device and can be captured in a graph. C++ standard library only.
 
 #include <cstddef>
 #include <cstdint>
