@@ -5,8 +5,8 @@ Environment:
                              beside a CPU build of torch; fails without a toolkit, or with one that torch does not fit.
     MIMO_EXT_CUDA_ARCHS      compute capabilities, semicolons between them; default "80;90;100".
     CUDA_HOME                the toolkit: the folder that holds bin/nvcc; default /usr/local/cuda.
-    MIMO_EXT_SANITIZE        thread or address,undefined: a build for `make check-sanitize`; the sanitizer's library must
-                             be preloaded.
+    MIMO_EXT_SANITIZE        thread or address,undefined: a build for `make check-sanitize`; the sanitizer's library
+                             must be preloaded.
     MIMO_EXT_WERROR=1        warnings of our own sources are errors (CI).
     MAX_JOBS                 parallel compilations (a c10d source needs about 0.8 GB).
 """
