@@ -56,6 +56,7 @@ SOURCES = [
     "csrc/comm/leftovers.cpp",
     "csrc/comm/c10d_transport.cpp",
     "csrc/comm/program.cpp",
+    "csrc/comm/transfers.cpp",
     "csrc/comm/waiter.cpp",
     "csrc/comm/worker.cpp",
     "csrc/comm/channel.cpp",

@@ -11,33 +11,14 @@
 #include <array>
 #include <memory>
 #include <mutex>
-#include <unordered_map>
 #include <vector>
 
 #include "comm/config.h"
+#include "comm/transfers.h"
 #include "comm/transport.h"
 #include "core/plan.h"
 
 namespace mimo_ext::comm {
-
-/// One message: a box of the tensor, or several small ones that travel together.
-struct Transfer {
-  int peer = 0;   ///< global rank
-  int index = 0;  ///< what the transport calls it
-  int sender_lane = 0;
-  int receiver_lane = 0;
-  int chunk = 0;
-  int contribution = 0;         ///< 0 writes, higher ones add, in ascending order
-  bool local = false;           ///< from this rank to itself
-  bool with_header = false;     ///< small, and its sender is who tells the receiver: part of the header's message
-  std::int64_t eager = 0;       ///< elements at its beginning that are sent before the receiver asks for the rest
-  std::size_t local_index = 0;  ///< among those
-  bool in_place = false;        ///< one range of a contiguous tensor: no packing
-  std::int64_t offset = 0;
-  std::int64_t volume = 0;           ///< elements
-  std::vector<std::int64_t> starts;  ///< of the boxes, as ops::pack takes them
-  std::vector<std::int64_t> sizes;
-};
 
 /// The tensors of a transfer while it is under way.
 struct Slot {
@@ -115,33 +96,21 @@ at::Tensor part_of(const Transfer& transfer, const at::Tensor& x);
 /// Writes (or adds) the elements of `transfer` into `result`.
 void write_part(const Transfer& transfer, const at::Tensor& result, const at::Tensor& buffer);
 
-class SendProgram {
+class SendProgram : public SendOrder {
  public:
   SendProgram(const BridgeConfig& config, const Transport& transport, const core::Microbatch& of,
               core::Direction direction, std::pair<int, int> place);
 
   const std::shared_ptr<const core::Microbatch> microbatch;
-  std::vector<std::int64_t> shape;  ///< of the tensor that this rank sends
-  std::vector<Transfer> transfers;
-  std::int64_t bytes = 0;  ///< sent to others
-  /// By receiver: the transfer that comes with its header, or begins right after it.
-  std::unordered_map<int, std::size_t> announced;
+  const std::int64_t bytes;  ///< sent to others
   Pool<Slots> pool;
 };
 
-class ReceiveProgram {
+class ReceiveProgram : public ReceiveOrder {
  public:
   ReceiveProgram(const BridgeConfig& config, const Transport& transport, const core::Microbatch& of,
                  core::Direction direction, std::pair<int, int> place);
 
-  /// What is forwarded together: one chunk from one sender lane. Ranges of `receives` and `lane_sends`.
-  struct Stage {
-    int sender_lane = 0;
-    std::size_t first_receive = 0;
-    std::size_t last_receive = 0;
-    std::size_t first_send = 0;
-    std::size_t last_send = 0;
-  };
   /// The buffers of one microbatch, and how far it has come.
   struct Incoming {
     explicit Incoming(const ReceiveProgram& program);
@@ -155,26 +124,13 @@ class ReceiveProgram {
     std::int64_t volume = 0;                ///< of those that are posted and not complete
     bool skips(int sender_lane) const;
   };
-  /// What the header of one sender lane must announce.
-  struct Announced {
-    std::int64_t payload_bytes = 0;
-    std::int64_t eager_bytes = 0;
-  };
   std::unique_ptr<Incoming> take();
   void give(std::unique_ptr<Incoming> incoming);
 
   const std::shared_ptr<const core::Microbatch> microbatch;
   const at::ScalarType dtype;
-  std::vector<std::int64_t> shape;        ///< of the tensor that this rank receives
-  std::vector<Transfer> receives;         ///< by stage
-  std::vector<Announced> announced;       ///< by header
-  std::vector<std::size_t> unpack_order;  ///< of receives, within each stage: contributions in ascending order
-  std::vector<Transfer> lane_sends;       ///< by stage
-  std::vector<Transfer> lane_receives;
-  std::vector<Stage> stages;
-  bool takes_turns = false;         ///< its senders serve several receivers each: a few messages at a time
-  std::int64_t bytes_received = 0;  ///< from others
-  std::int64_t bytes_forwarded = 0;
+  const std::int64_t bytes_received;  ///< from others
+  const std::int64_t bytes_forwarded;
 
  private:
   Pool<Incoming> pool_;
@@ -182,11 +138,5 @@ class ReceiveProgram {
 
 /// How many bytes a sender lane's header may be followed by unasked, for a receiver that `sender_lanes` lanes send to.
 std::int64_t eager_bytes_of(const BridgeConfig& config, int sender_lanes);
-
-/// The messages of `list` in its order; small boxes of the same stage between the same ranks become one message. Both
-/// ends see the same sequence.
-std::vector<Transfer> transfers_of(const std::vector<core::Message>& list, bool sending,
-                                   const std::vector<std::int64_t>& shape, int element_size,
-                                   const Transport& transport);
 
 }  // namespace mimo_ext::comm
