@@ -232,6 +232,7 @@ core::Microbatch Channel::combine(const std::vector<Header>& headers) const {
                                   "lanes of module '" +
                                   sender_.module + "', got " + std::to_string(first.rows_per_sample) + " and others");
     }
+    if (direction_ == core::Direction::kForward && header.num_rows == 0) microbatch.even_lanes.push_back(lane);
     for (std::int64_t sample = begin; sample < end; ++sample) {
       microbatch.rows[static_cast<std::size_t>(sample)] =
           header.num_rows > 0 ? header.rows[static_cast<std::size_t>(sample - begin)] : header.rows_per_sample;

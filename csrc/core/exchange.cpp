@@ -31,7 +31,8 @@ Exchange::Exchange(const Sides& sides, const Microbatch& microbatch, const Overl
       microbatch_(microbatch),
       overlap_(overlap),
       options_(options),
-      row_sharded_(microbatch.row_shards != nullptr) {
+      row_sharded_(microbatch.row_shards != nullptr),
+      even_rows_(microbatch.even_for(forward ? overlap.sender_lane : overlap.receiver_lane)) {
   const RowShards* sent_shards = forward ? nullptr : microbatch.row_shards.get();
   const RowShards* received_shards = forward ? microbatch.row_shards.get() : nullptr;
   for (Replicas& part : replicas_of(from_, overlap.sender_lane, overlap, microbatch, !forward, sent_shards)) {
@@ -139,7 +140,7 @@ std::pair<int, int> Exchange::group_of(int replicas) const {
   const auto [first, last] = lanes_met(overlap_.receiver_lane, to_.num_lanes(), from_.num_lanes());
   const int lanes = last - first;
   // Lanes that send more than others want all receivers; ranks that keep their own are no equals of the others.
-  const bool equal = from_.num_lanes() % to_.num_lanes() == 0 && !microbatch_.ragged() &&
+  const bool equal = from_.num_lanes() % to_.num_lanes() == 0 && even_rows_ &&
                      microbatch_.samples % from_.num_lanes() == 0 && !any_own_;
   if (!equal || (replicas % lanes != 0 && lanes % replicas != 0)) return {0, replicas};
   return {(overlap_.sender_lane - first) * replicas / lanes, std::max(1, replicas / lanes)};

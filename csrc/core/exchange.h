@@ -70,6 +70,7 @@ class Exchange {
   const Overlap overlap_;
   const PlanOptions& options_;
   const bool row_sharded_;
+  const bool even_rows_;  ///< as the source's lane sees it: what both ends know
   std::vector<Held> held_;
   std::vector<int> own_;  ///< by receiver: the member of the sender lane that is the same rank, or kNobody
   bool any_own_ = false;

@@ -74,6 +74,7 @@ void Microbatch::normalize() {
     }
   }
   if (ragged() || ndim == 3) rows_per_sample = 1;
+  if (!ragged()) even_lanes.clear();
 }
 
 std::uint64_t Microbatch::hash() const {
@@ -85,6 +86,7 @@ std::uint64_t Microbatch::hash() const {
   fnv.add(rows_per_sample);
   fnv.add(static_cast<std::int64_t>(rows.size()));
   for (std::int64_t count : rows) fnv.add(count);
+  for (int lane : even_lanes) fnv.add(lane);
   fnv.add(element_size);
   if (row_shards != nullptr) {
     fnv.add(row_shards->first_known());
@@ -98,7 +100,7 @@ bool Microbatch::operator==(const Microbatch& other) const {
       row_shards == other.row_shards || (row_shards && other.row_shards && *row_shards == *other.row_shards);
   return equal_shards && ndim == other.ndim && batch_dim == other.batch_dim && seq_dim == other.seq_dim &&
          samples == other.samples && shape == other.shape && rows_per_sample == other.rows_per_sample &&
-         rows == other.rows && element_size == other.element_size;
+         rows == other.rows && even_lanes == other.even_lanes && element_size == other.element_size;
 }
 
 void Microbatch::check() const {
@@ -134,6 +136,7 @@ void Microbatch::check() const {
     for (std::int64_t count : rows) {
       if (count < kUnknownRows) bad("a sample has " + std::to_string(count) + " rows");
     }
+    if (!std::is_sorted(even_lanes.begin(), even_lanes.end())) bad("even_lanes are not in ascending order");
   } else if (rows_per_sample < 0) {
     bad("rows_per_sample is " + std::to_string(rows_per_sample));
   }

@@ -1,6 +1,7 @@
 // The tensor that crosses a bridge: the global microbatch, and boxes of it.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <memory>
@@ -48,8 +49,15 @@ struct Microbatch {
   /// 2-D tensors: which rows each member of a destination lane holds, whatever the placement of its boundary says.
   /// Null: the boundary decides. Row counts that it knows need not be in `rows`.
   std::shared_ptr<const RowShards> row_shards;
+  /// Source lanes that do not tell the rows that are in `rows`, because their own samples are equal: other lanes' are
+  /// not. Such a lane sends by what it knows, as if all rows were even. Ascending; empty unless ragged.
+  std::vector<int> even_lanes{};
 
   bool ragged() const { return !rows.empty(); }
+  /// Does this lane of the source take all samples to have equally many rows?
+  bool even_for(int source_lane) const {
+    return !ragged() || std::binary_search(even_lanes.begin(), even_lanes.end(), source_lane);
+  }
   /// First sample of lane `lane` of `lanes`: floor(lane * samples / lanes).
   std::int64_t lane_begin(int lane, int lanes) const { return samples * lane / lanes; }
   /// Extent of samples [first, last) along the batch axis. Throws std::invalid_argument where it needs an unknown row

@@ -100,6 +100,15 @@ CASES = [
         rows=tuple(index % 4 for index in range(130)),
         name="row counts beyond the header",
     ),
+    # Each lane takes all rows to be even, as its own are; only the receiver knows that the lanes differ.
+    Case(
+        {"ranks": range(2), "dp": 2},
+        {"ranks": range(2, 4), "tp": 2},
+        rows=(2, 2, 2, 5, 5, 5),
+        pass_counts=False,
+        extra=CHUNKS,
+        name="even lanes that differ",
+    ),
     *(
         Case(src, dst, rows=RAGGED, extra={"path": path}, name=f"{path}, {name}")
         for path in ("pipelined", "direct", "leader")
