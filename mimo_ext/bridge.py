@@ -281,6 +281,20 @@ class Bridge:
         return self._communicator is None or self._communicator.closed
 
     @property
+    def max_in_flight(self) -> int:
+        """Microbatches per direction that are sent but not yet received. Each rank may set its own, at any time."""
+        return self._open.max_in_flight
+
+    @max_in_flight.setter
+    def max_in_flight(self, microbatches: int) -> None:
+        if microbatches < 1:
+            raise ValueError(f"bridge '{self.name}': max_in_flight must be positive, got {microbatches}")
+        self._limit(microbatches)
+
+    def _limit(self, microbatches: int) -> None:
+        self._open.max_in_flight = microbatches
+
+    @property
     def plan(self) -> Plan:
         """The forward plan: of the static shape, else of the last microbatch sent here, else of an example."""
         last = self._open.last_plan()

@@ -172,7 +172,11 @@ void register_comm(py::module_& m) {
 
   py::class_<Delivery, std::shared_ptr<Delivery>>(m, "Delivery", "An operation of a communicator that is under way.")
       .def("done", &Delivery::done)
-      .def_property_readonly("expects_backward", &Delivery::expects_backward);
+      .def_property_readonly("expects_backward", &Delivery::expects_backward)
+      .def_property_readonly("sequence", &Delivery::sequence)
+      .def_property_readonly(
+          "microbatch", [](const Delivery& delivery) { return *delivery.microbatch(); },
+          "As far as this rank knows it; once a receive has been waited for.");
 
   py::class_<Communicator, std::shared_ptr<Communicator>>(m, "Communicator",
                                                           "Both directions of one bridge on one rank.")
@@ -186,6 +190,9 @@ void register_comm(py::module_& m) {
       .def_property_readonly("is_source", &Communicator::is_source)
       .def_property_readonly("is_destination", &Communicator::is_destination)
       .def_property_readonly("closed", &Communicator::closed)
+      .def_property(
+          "max_in_flight", [](const Communicator& communicator) { return communicator.config().max_in_flight; },
+          &Communicator::set_max_in_flight)
       .def_property_readonly("outstanding", &Communicator::outstanding)
       .def("last_plan", &Communicator::last_plan)
       .def(

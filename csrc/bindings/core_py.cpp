@@ -126,6 +126,11 @@ void register_plan(py::module_& m) {
       .def_readonly("batch_dim", &Microbatch::batch_dim)
       .def_readonly("seq_dim", &Microbatch::seq_dim)
       .def_readonly("samples", &Microbatch::samples)
+      .def_property_readonly("shape",
+                             [](const Microbatch& microbatch) {
+                               return std::vector<std::int64_t>(microbatch.shape.begin(),
+                                                                microbatch.shape.begin() + microbatch.ndim);
+                             })
       .def_readonly("rows", &Microbatch::rows)
       .def_readonly("rows_per_sample", &Microbatch::rows_per_sample)
       .def_property_readonly(

@@ -34,6 +34,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   bool is_source() const { return forward_ && forward_->is_sender(); }
   bool is_destination() const { return forward_ && forward_->is_receiver(); }
   const BridgeConfig& config() const { return config_; }
+  /// How many microbatches may be under way from now on, per direction. What is under way already stays so.
+  void set_max_in_flight(int microbatches) { config_.max_in_flight = microbatches; }
 
   /// Called every 100 ms while an operation blocks its caller; may throw (Python: to honour Ctrl-C).
   void set_interrupt_check(std::function<void()> check) { interrupt_check_ = std::move(check); }
@@ -90,7 +92,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void wait_for_room(Channel& channel, bool is_forward, const char* operation);
   std::string where(const char* operation) const;
 
-  const BridgeConfig config_;
+  BridgeConfig config_;
   const int rank_;
   std::unique_ptr<Transport> forward_transport_;
   std::unique_ptr<Transport> backward_transport_;  ///< null: the same as forward

@@ -29,6 +29,11 @@ class PipelineHooks:
     _recorder: ScheduleRecorder | None = None
     _lead: int = 1  # microbatches that a stage has computed more than the next one under 1F1B
 
+    @property
+    def total_stages(self) -> int:
+        """Pipeline stages along the longest path through the modules."""
+        raise NotImplementedError
+
     # -- transfers while the ranks compute -------------------------------------------------------------------------
 
     @contextmanager
@@ -64,11 +69,20 @@ class PipelineHooks:
         self._require_open("overlap")
         check_count("extra_warmup", extra_warmup, 0)
         with overlapping(*self._links, num_microbatches, forward_only, ahead):
-            before, self._lead = self._lead, 1 + extra_warmup
+            bridges = self._own_bridges()
+            before = self._lead, [bridge.max_in_flight for bridge in bridges]
+            self._lead = 1 + extra_warmup
+            # A stage that is further ahead has more under way. Where it had to wait before its warm-up ends, the stages
+            # behind it would wait for microbatches, and it for them.
+            for bridge in bridges:
+                bridge.max_in_flight = max(bridge.max_in_flight, self.total_stages + 1)
             try:
                 yield
             finally:
-                self._lead = before
+                self._lead = before[0]
+                for bridge, microbatches in zip(bridges, before[1], strict=True):
+                    if not bridge.closed:
+                        bridge.max_in_flight = microbatches
 
     # -- what it took ----------------------------------------------------------------------------------------------
 

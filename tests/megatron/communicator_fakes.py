@@ -156,6 +156,7 @@ def fake_bridge_class(world: FakeWorld) -> type:
             setup: Any = None,
         ) -> None:
             self.name, self.ndim, self.dtype, self.timeout = name, ndim, dtype, timeout
+            self.max_in_flight = max_in_flight
             self.batch_dim = batch_dim if ndim == 3 else 0
             self.rank = world.rank
             self.source_lanes, self.destination_lanes = src.lanes(-1), dst.lanes(0)

@@ -279,12 +279,17 @@ def test_extra_warmup_lengthens_the_warmup_of_every_stage_but_the_last(monkeypat
     def warmups(communicator: Any) -> int:
         return int(communicator.total_stages - communicator.current_stage - 1)  # as the schedule counts
 
+    def under_way(communicator: Any) -> set[int]:
+        return {bridge.max_in_flight for bridge in communicator._own_bridges()}
+
     def body(rank: int) -> list[int]:
         communicator = communicator_fakes.make(case)
         found = [warmups(communicator)]
         for extra in (0, 1, 2):
+            assert under_way(communicator) == {6}
             with communicator.overlap(1, extra_warmup=extra):
                 found.append(warmups(communicator))
+                assert under_way(communicator) == {4 * (1 + extra) + 2}
         with pytest.raises(ArithmeticError), communicator.overlap(1, extra_warmup=1):
             raise ArithmeticError
         assert (communicator.total_stages, communicator.current_stage) == (5, [0, 1, 2, 0, 3, 4][rank])

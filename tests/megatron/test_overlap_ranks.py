@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from launch import launch
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
 from megatron.core.process_groups_config import MultiModuleProcessGroupCollection
-from pipeline_cases import CASES, MORE_CASES
+from pipeline_cases import CASES, MORE_CASES, SIMPLE
 from pipeline_model import Case, grid
 from test_communicator_ranks import ScheduledModel
 
@@ -68,6 +69,16 @@ def differing_results(rank: int, world_size: int) -> list[str]:
 def test_values_are_identical_with_and_without_receives_ahead() -> None:
     failures = [failure for rank in launch(differing_results, WORLD_SIZE, timeout=180) for failure in rank]
     assert not failures, "\n".join(failures)
+
+
+def far_ahead(rank: int, world_size: int) -> None:
+    case = replace(SIMPLE, rows={"images": pm.ragged(20, 4, seed=3)}, counts_from="tensor")
+    with make(case, timeout_s=WAIT_S / 2) as communicator, communicator.overlap(20, extra_warmup=12):
+        pm.check_rank(case, rank, pm.train_rank(communicator, case, rank, False))
+
+
+def test_a_long_warmup_ends_although_more_is_under_way_than_stages() -> None:
+    launch(far_ahead, SIMPLE.world_size, timeout=60)
 
 
 def megatrons_schedule(rank: int, world_size: int) -> list[str]:
