@@ -16,13 +16,14 @@ CHECK_ARGS ?=
 BENCH_ARGS ?= --quick
 CASES ?=
 SOAK_SECONDS ?= 600
+PROPERTIES_ARGS ?=
 PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 EXAMPLE := examples/vlm_digits/train.py
 SOURCES := $(shell find csrc mimo_ext -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.py' -o -name '*.pyi')
-CXX_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CXX_FILES := $(shell find csrc tests/cpp tests/properties -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 export CXX
 export MAX_JOBS
@@ -39,6 +40,7 @@ help:
 	@echo "make check-sanitize      ASan, UBSan and TSan over the C++ tests and over the extension in Python"
 	@echo "make soak      ten minutes (SOAK_SECONDS) of random shapes, delays and layouts: is everything flat?"
 	@echo "make check-cuda          the CUDA kernels compile, link and load (skipped, and said so, without a toolkit)"
+	@echo "make check-properties   100,000 random layouts and 10,000 schedules: every property of plans, no deadlock"
 	@echo "make test      all tests: lint, C++, Python, distributed, Megatron"
 	@echo "make fuzz      headers, plans and row shards of any numbers, millions of them (needs clang with libFuzzer)"
 	@echo "make bench     the bridge against Megatron's own, on an emulated cluster (needs root): benchmarks/README.md"
@@ -129,6 +131,11 @@ check-sanitize: $(VENV)/.test
 .PHONY: soak
 soak: $(VENV)/.test $(VENV)/.built
 	PYTHONPATH=tests $(PY) -P -W ignore tests/soak/soak.py --seconds $(SOAK_SECONDS) --json out/soak.json
+
+# PROPERTIES_ARGS: of tests/properties/main.cpp, e.g. PROPERTIES_ARGS="--cases 1000000 --seed 2".
+.PHONY: check-properties
+check-properties:
+	$(MAKE) -C tests/properties check ARGS="$(PROPERTIES_ARGS)"
 
 # --- Benchmarks, in under five minutes. Status 77: this machine cannot emulate a cluster, and has said why.
 
