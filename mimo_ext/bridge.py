@@ -7,7 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -122,6 +122,14 @@ class Bridge:
         NotImplementedError: a device other than the CPU.
     """
 
+    _checked = False  # see _canary.py
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        from ._canary import CheckedBridge, enabled  # it is made of this class
+
+        made: Any = CheckedBridge if cls is Bridge and enabled() else cls
+        return cast("Self", object.__new__(made))
+
     def __init__(
         self,
         src: Layout,
@@ -188,7 +196,7 @@ class Bridge:
                 f"{self.name}: {self._source} | {self._destination}; ndim={self.ndim} batch_dim={self.batch_dim} "
                 f"seq_dim={self.seq_dim} dtype={dtype} shape={None if shape is None else tuple(shape)}"
                 f" chunks={max_chunks}x{min_chunk_bytes} path={path} links={links}"
-                f"{' unpaired_backward' if unpaired_backward else ''}"
+                f"{' unpaired_backward' if unpaired_backward else ''}{' MIMO_EXT_CHECK' if self._checked else ''}"
                 f" layouts={_C.hash_of(self._source, self._destination):016x} {library_text()}"
             )
         except Exception as error:
