@@ -2,31 +2,13 @@
 #include <gtest/gtest.h>
 
 #include <map>
-#include <numeric>
 #include <set>
 #include <stdexcept>
 
-#include "core/plan.h"
+#include "plans.h"
 
 namespace mimo_ext::core {
 namespace {
-
-Boundary side(const char* name, int first_rank, int lanes, int tp, int cp = 1) {
-  Boundary boundary{name, tp, cp, CpPlacement::kReplicated, false, {}};
-  for (int lane = 0; lane < lanes; ++lane) {
-    boundary.lanes.emplace_back(static_cast<std::size_t>(tp * cp));
-    std::iota(boundary.lanes.back().begin(), boundary.lanes.back().end(), first_rank + lane * tp * cp);
-  }
-  return boundary;
-}
-
-Microbatch rows_of(std::int64_t samples, std::int64_t rows_per_sample, std::int64_t hidden) {
-  Microbatch microbatch;
-  microbatch.samples = samples;
-  microbatch.rows_per_sample = rows_per_sample;
-  microbatch.shape = {1, hidden, 1};
-  return microbatch;
-}
 
 Plan plan_on(Path path, const Boundary& source, const Boundary& destination, const Microbatch& microbatch,
              Direction direction = Direction::kForward, const std::optional<Links>& links = std::nullopt) {
@@ -72,7 +54,7 @@ TEST(Path, NamesAreReadBack) {
 }
 
 TEST(Path, DirectGivesEachReplicaAllOfItFromASenderOfItsOwn) {
-  const Plan plan = plan_on(Path::kDirect, side("images", 0, 1, 4), side("language", 4, 1, 4), rows_of(2, 3, 8));
+  const Plan plan = plan_on(Path::kDirect, side("images", 0, 1, 4), side("language", 4, 1, 4), flat(2, 3, 8));
   EXPECT_EQ(moved(plan), (Moved{{{0, 4}, 48}, {{1, 5}, 48}, {{2, 6}, 48}, {{3, 7}, 48}}));
   for (int rank = 4; rank < 8; ++rank) {
     const RankPlan mine = plan.for_rank(rank);
@@ -85,19 +67,19 @@ TEST(Path, DirectGivesEachReplicaAllOfItFromASenderOfItsOwn) {
 
 TEST(Path, DirectSpreadsTheWorkOverTheSenders) {
   // More senders than receivers: they take turns over all lanes that they meet. Fewer: each serves as many.
-  const Plan fan_out = plan_on(Path::kDirect, side("images", 0, 1, 8), side("language", 8, 2, 2), rows_of(2, 3, 8));
+  const Plan fan_out = plan_on(Path::kDirect, side("images", 0, 1, 8), side("language", 8, 2, 2), flat(2, 3, 8));
   EXPECT_EQ(moved(fan_out), (Moved{{{0, 8}, 24}, {{2, 9}, 24}, {{4, 10}, 24}, {{6, 11}, 24}}));
-  const Plan few = plan_on(Path::kDirect, side("images", 0, 1, 2), side("language", 2, 1, 4), rows_of(1, 3, 8));
+  const Plan few = plan_on(Path::kDirect, side("images", 0, 1, 2), side("language", 2, 1, 4), flat(1, 3, 8));
   EXPECT_EQ(moved(few), (Moved{{{0, 2}, 24}, {{0, 3}, 24}, {{1, 4}, 24}, {{1, 5}, 24}}));
 }
 
 TEST(Path, LeaderSendsOnceAndForwardsToTheOthers) {
-  const Plan plan = plan_on(Path::kLeader, side("images", 0, 1, 2), side("language", 2, 1, 3), rows_of(1, 3, 8));
+  const Plan plan = plan_on(Path::kLeader, side("images", 0, 1, 2), side("language", 2, 1, 3), flat(1, 3, 8));
   EXPECT_EQ(moved(plan), (Moved{{{0, 2}, 24}, {{2, 3}, 24}, {{2, 4}, 24}}));
 }
 
 TEST(Path, OverlapsOfOneLaneHaveDifferentLeaders) {
-  const Plan plan = plan_on(Path::kLeader, side("images", 0, 4, 1), side("language", 4, 1, 4), rows_of(4, 3, 8));
+  const Plan plan = plan_on(Path::kLeader, side("images", 0, 4, 1), side("language", 4, 1, 4), flat(4, 3, 8));
   for (int rank = 0; rank < 4; ++rank) {
     const auto sends = plan.for_rank(rank).sends;
     ASSERT_EQ(sends.size(), 1U);
@@ -112,7 +94,7 @@ TEST(Path, PartialGradientsReachEveryReplicaOnEveryPath) {
   const Boundary source = side("images", 0, 1, 2);
   const Boundary copies = side("language", 2, 1, 2, 2);
   for (Path path : kPaths) {
-    const Plan plan = plan_on(path, source, copies, rows_of(2, 4, 8), Direction::kBackward);
+    const Plan plan = plan_on(path, source, copies, flat(2, 4, 8), Direction::kBackward);
     std::map<std::pair<int, int>, std::int64_t> elements;  // by receiver and contribution
     for (int rank : {0, 1}) {
       for (const Message& message : plan.for_rank(rank).receives) {
@@ -133,8 +115,8 @@ TEST(Path, WhatARankHasItselfIsNotSent) {
   const Boundary together = side("images", 0, 1, 2);
   const Boundary apart = side("language", 0, 2, 1);
   for (Path path : kPaths) {
-    EXPECT_TRUE(moved(plan_on(path, together, apart, rows_of(2, 4, 8))).empty()) << to_string(path);
-    const Plan back = plan_on(path, together, apart, rows_of(2, 4, 8), Direction::kBackward);
+    EXPECT_TRUE(moved(plan_on(path, together, apart, flat(2, 4, 8))).empty()) << to_string(path);
+    const Plan back = plan_on(path, together, apart, flat(2, 4, 8), Direction::kBackward);
     EXPECT_EQ(moved(back), (Moved{{{0, 1}, 32}, {{1, 0}, 32}})) << to_string(path);
   }
 }
@@ -146,7 +128,7 @@ TEST(Path, SequenceShardsOfTheSameRanksAreGatheredOnce) {
   for (Path path : kPaths) {
     // Each rank lacks three quarters.
     std::map<int, std::int64_t> received;
-    for (const auto& [ranks, elements] : moved(plan_on(path, shards, whole, rows_of(1, 16, 8)))) {
+    for (const auto& [ranks, elements] : moved(plan_on(path, shards, whole, flat(1, 16, 8)))) {
       received[ranks.second] += elements;
     }
     EXPECT_EQ(received, (std::map<int, std::int64_t>{{0, 96}, {1, 96}, {2, 96}, {3, 96}})) << to_string(path);
@@ -155,7 +137,7 @@ TEST(Path, SequenceShardsOfTheSameRanksAreGatheredOnce) {
 
 TEST(Path, OverlappingRanksKeepTheirOwnAndServeTheRest) {
   // Ranks 2 and 3 are on both sides; 4 and 5 lack everything and share the work of getting it.
-  const Plan plan = plan_on(Path::kPipelined, side("images", 0, 1, 4), side("language", 2, 1, 4), rows_of(1, 16, 8));
+  const Plan plan = plan_on(Path::kPipelined, side("images", 0, 1, 4), side("language", 2, 1, 4), flat(1, 16, 8));
   EXPECT_EQ(moved(plan), (Moved{{{0, 4}, 32}, {{1, 4}, 32}, {{2, 5}, 32}, {{3, 5}, 32}, {{4, 5}, 64}, {{5, 4}, 64}}));
 }
 
@@ -224,7 +206,7 @@ TEST(PathModel, ChunksAreFewerWhereMessagesCostMoreThanTheyHide) {
   // 8 MiB over the card, seven copies of it inside the host, one message in and seven each way in the lane.
   EXPECT_EQ(times.pipelined, 8388608 + 7 * 2097152 + 15 * 1'000'000 + 2 * 30'000);
   const auto chunks_sent = [](const Links& known) {
-    Microbatch microbatch = rows_of(1, 4096, 8192);
+    Microbatch microbatch = flat(1, 4096, 8192);
     microbatch.element_size = 2;
     const Plan plan = plan_on(Path::kPipelined, side("images", 0, 1, 8), side("language", 8, 1, 8), microbatch,
                               Direction::kForward, known);
@@ -241,7 +223,7 @@ TEST(PathModel, HostsCountWhereTheyAreKnown) {
   Links links;
   links.nic = 100'000'000;
   links.host = 10'000'000'000;
-  const Microbatch microbatch = rows_of(1, 1024, 1024);
+  const Microbatch microbatch = flat(1, 1024, 1024);
   const auto times = [&](int ranks_per_host) {
     links.ranks_per_host = ranks_per_host;
     return plan_on(Path::kAuto, source, destination, microbatch, Direction::kForward, links).paths().times;
@@ -256,7 +238,7 @@ TEST(PathModel, HostsCountWhereTheyAreKnown) {
 TEST(PathModel, RefusesLinksThatCannotBe) {
   const auto error = [](const Links& links) -> std::string {
     try {
-      plan_on(Path::kAuto, side("images", 0, 1, 1), side("language", 1, 1, 1), rows_of(1, 1, 1), Direction::kForward,
+      plan_on(Path::kAuto, side("images", 0, 1, 1), side("language", 1, 1, 1), flat(1, 1, 1), Direction::kForward,
               links);
     } catch (const std::invalid_argument& problem) {
       return problem.what();
@@ -276,15 +258,15 @@ TEST(Path, TheHashTellsPathsAndLinksApart) {
   const Boundary source = side("images", 0, 1, 4);
   const Boundary destination = side("language", 4, 1, 4);
   for (Path path : {Path::kAuto, Path::kPipelined, Path::kLeader, Path::kDirect}) {
-    const Plan plan = plan_on(path, source, destination, rows_of(1, 1024, 1024));
+    const Plan plan = plan_on(path, source, destination, flat(1, 1024, 1024));
     hashes.insert(plan.hash());
     EXPECT_EQ(plan.reversed().options(), plan.options());
     EXPECT_EQ(plan.reversed().reversed(), plan);
-    EXPECT_EQ(plan == plan_on(Path::kAuto, source, destination, rows_of(1, 1024, 1024)), path == Path::kAuto);
+    EXPECT_EQ(plan == plan_on(Path::kAuto, source, destination, flat(1, 1024, 1024)), path == Path::kAuto);
   }
   Links links;
   links.overhead_ns += 1;
-  hashes.insert(plan_on(Path::kAuto, source, destination, rows_of(1, 1024, 1024), Direction::kForward, links).hash());
+  hashes.insert(plan_on(Path::kAuto, source, destination, flat(1, 1024, 1024), Direction::kForward, links).hash());
   EXPECT_EQ(hashes.size(), 5U);
 }
 
@@ -292,7 +274,7 @@ TEST(Path, SourceAndDestinationChooseTheSameFromWhatTheyKnow) {
   // Ragged: a source knows its own samples only. One overlap is small, the other large.
   const Boundary source = side("images", 0, 2, 4);
   const Boundary destination = side("language", 8, 1, 4);
-  Microbatch all = rows_of(2, 1, 1024);
+  Microbatch all = flat(2, 1, 1024);
   all.rows = {4, 4096};
   const Plan whole = plan_on(Path::kAuto, source, destination, all);
   EXPECT_EQ(whole.paths().taken, (std::vector{Path::kPipelined, Path::kDirect}));
@@ -328,14 +310,14 @@ TEST(Sides, FindRanksWhereverTheyAre) {
 }
 
 TEST(PlanText, ThePathAndItsAlternativesAreNamed) {
-  const Plan plan = plan_on(Path::kAuto, side("images", 0, 1, 4), side("language", 4, 1, 4), rows_of(1, 1024, 1024));
+  const Plan plan = plan_on(Path::kAuto, side("images", 0, 1, 4), side("language", 4, 1, 4), flat(1, 1024, 1024));
   EXPECT_NE(plan.to_string(1).find("  path: pipelined (auto); modelled: pipelined 734.7 us, direct 1.1 ms, leader "
                                    "1.3 ms (overlaps of 1.0 MiB)\n"),
             std::string::npos)
       << plan.to_string(1);
   const Plan given = plan_on(Path::kLeader, plan.source(), plan.destination(), plan.microbatch());
   EXPECT_NE(given.to_string(1).find("  path: leader (given); modelled"), std::string::npos);
-  const Plan empty = plan_on(Path::kAuto, plan.source(), plan.destination(), rows_of(0, 1, 1));
+  const Plan empty = plan_on(Path::kAuto, plan.source(), plan.destination(), flat(0, 1, 1));
   EXPECT_NE(empty.to_string(1).find("  path: none: nothing moves\n"), std::string::npos);
 }
 

@@ -3,28 +3,10 @@
 #include <set>
 #include <stdexcept>
 
-#include "core/plan.h"
+#include "plans.h"
 
 namespace mimo_ext::core {
 namespace {
-
-Boundary side(const char* name, std::vector<std::vector<int>> lanes, int tp, int cp = 1) {
-  return {name, tp, cp, CpPlacement::kReplicated, false, std::move(lanes)};
-}
-
-Microbatch flat(std::int64_t samples, std::int64_t rows_per_sample, std::int64_t hidden) {
-  Microbatch microbatch;
-  microbatch.samples = samples;
-  microbatch.rows_per_sample = rows_per_sample;
-  microbatch.shape = {1, hidden, 1};
-  return microbatch;
-}
-
-Microbatch ragged(std::vector<std::int64_t> rows, std::int64_t hidden) {
-  Microbatch microbatch = flat(static_cast<std::int64_t>(rows.size()), 1, hidden);
-  microbatch.rows = std::move(rows);
-  return microbatch;
-}
 
 PlanOptions on(Path path, Chunking chunking = {}) {
   return {chunking, path, {}};
@@ -199,6 +181,30 @@ TEST(Plan, UnequalLanesAreSharedByAllReceivers) {
   EXPECT_EQ(receiver.receives[1], sender.sends[1]);
   EXPECT_EQ(receiver.lane_sends.size(), 2U);
   EXPECT_EQ(receiver.lane_receives.size(), 2U);
+}
+
+TEST(Plan, WhatAnEvenLaneSendsIsCutAsThatLaneKnowsIt) {
+  // Lane 1 has two rows per sample and takes all lanes to be like it; the receiver knows that lane 0 is not.
+  const Boundary four = side("language", {{2, 3, 4, 5}}, 4);
+  Microbatch combined = ragged({1, 1, 2, 2}, 8);
+  for (const bool told : {true, false}) {
+    if (!told) combined.even_lanes = {0, 1};
+    const Microbatch known = told ? ragged({kUnknownRows, kUnknownRows, 2, 2}, 8) : flat(4, 2, 8);
+    const Plan sender(kTwoLanes, four, known, Direction::kForward, kPipelined);
+    const Plan receiver(kTwoLanes, four, combined, Direction::kForward, kPipelined);
+    std::vector<int> to;
+    for (const Message& message : sender.for_rank(1).sends) to.push_back(message.receiver);
+    EXPECT_EQ(to, told ? (std::vector{2, 3, 4, 5}) : (std::vector{4, 5}));
+    std::vector<int> from_lane_1;
+    for (int rank = 2; rank < 6; ++rank) {
+      for (const Message& message : receiver.for_rank(rank).receives) {
+        if (message.sender == 1) from_lane_1.push_back(rank);
+      }
+    }
+    EXPECT_EQ(from_lane_1, to);
+  }
+  combined.even_lanes = {1, 0};
+  EXPECT_THROW(Plan(kTwoLanes, four, combined, Direction::kForward), std::invalid_argument);
 }
 
 TEST(Plan, RaggedRowsFollowTheSamples) {
