@@ -14,12 +14,11 @@ template <typename Visit>
 void each_element(const comm::Transfer& transfer, const Values& shape, const Visit& visit) {
   const std::size_t ndim = shape.size();
   for (std::size_t box = 0; box < transfer.starts.size(); box += ndim) {
-    Values at(ndim);
     const auto axis = [&](const auto& self, std::size_t index, std::int64_t offset) -> void {
       if (index == ndim) return visit(offset);
-      for (at[index] = 0; at[index] < transfer.sizes[box + index]; ++at[index]) {
-        self(self, index + 1, offset * shape[index] + transfer.starts[box + index] + at[index]);
-      }
+      const std::int64_t start = offset * shape[index] + transfer.starts[box + index];
+      for (std::int64_t place = start; place < start + transfer.sizes[box + index]; ++place)
+        self(self, index + 1, place);
     };
     axis(axis, 0, 0);
   }
@@ -53,6 +52,14 @@ std::string text_of(std::int64_t microbatch, int id, const comm::Transfer* trans
   return text + ", " + std::to_string(transfer->volume) + " elements, lanes " + std::to_string(transfer->sender_lane) +
          " -> " + std::to_string(transfer->receiver_lane) + ", chunk " + std::to_string(transfer->chunk) +
          ", contribution " + std::to_string(transfer->contribution);
+}
+
+bool same(std::int64_t microbatch, int id, const comm::Transfer* a, std::int64_t other, int other_id,
+          const comm::Transfer* b) {
+  if (microbatch != other || id != other_id || (a == nullptr) != (b == nullptr)) return false;
+  return a == nullptr ||
+         (a->volume == b->volume && a->sender_lane == b->sender_lane && a->receiver_lane == b->receiver_lane &&
+          a->chunk == b->chunk && a->contribution == b->contribution);
 }
 
 }  // namespace
@@ -157,11 +164,11 @@ void Simulator::post(bool sending, Slot& slot, const Channel& channel, int peer,
 
 void Simulator::meet(const Stream& stream, Slot& send, Slot& receive) {
   ++messages_;
-  const std::string sent = text_of(send.microbatch, send.id, send.transfer);
-  const std::string expected = text_of(receive.microbatch, receive.id, receive.transfer);
-  if (sent != expected) {
-    throw std::runtime_error("rank " + std::to_string(std::get<0>(stream)) + " sends " + sent + "; rank " +
-                             std::to_string(std::get<1>(stream)) + " expects " + expected);
+  if (!same(send.microbatch, send.id, send.transfer, receive.microbatch, receive.id, receive.transfer)) {
+    throw std::runtime_error("rank " + std::to_string(std::get<0>(stream)) + " sends " +
+                             text_of(send.microbatch, send.id, send.transfer) + "; rank " +
+                             std::to_string(std::get<1>(stream)) + " expects " +
+                             text_of(receive.microbatch, receive.id, receive.transfer));
   }
   if (send.tensor != nullptr) {
     const comm::Transfer& from = *send.transfer;
