@@ -3,6 +3,10 @@
 The single process trains first and leaves its initial weights, its losses and its gradients in a file. Then every
 layout starts from its parts of those weights, sees the same data, and must give the same losses and gradients step by
 step.
+
+In fp32 the same is the same but for the order of sums. In bf16, where layouts are compared with one process in bf16,
+every order of sums gives other digits, at each of the steps that a value goes through; a gradient that is summed over
+the wrong ranks, scaled wrongly or of other samples is further off by far.
 """
 
 from __future__ import annotations
@@ -28,7 +32,11 @@ from .launch import quiet
 from .layout import parse_layout
 
 TOLERANCE = 1e-4
+BF16_EPSILON = 2.0**-8
+# In bf16: the loss is a mean of many tokens, whose roundings cancel; a gradient goes through some forty of them.
+BF16_LOSS_TOLERANCE, BF16_GRADIENT_TOLERANCE = BF16_EPSILON, 24 * BF16_EPSILON
 STEPS = 20
+MATRIX_STEPS = 5  # of many layouts
 LAYOUTS = (
     "images: tp=1; language: tp=1",
     "images: dp=2; language: tp=2",  # fan-in
@@ -52,6 +60,18 @@ COLOCATED_LAYOUTS = (
     "images: ranks=0-3,tp=4; language: ranks=0-3,tp=2,dp=2",
     "language: ranks=0-5,tp=2,dp=3; images: ranks=0-5,dp=6",
 )
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a layout is run, besides what it is; see `matrix.Choice`."""
+
+    dtype: str = "fp32"
+    path: str | None = None
+    microbatches: int = 2
+    overlap: bool = True
+
+
 FIRST_LAYER = "modality_submodules.images.encoders.vit.patch_embedding.weight"
 
 
@@ -64,11 +84,23 @@ class Comparison:
         loss_error: largest relative difference of a step's loss.
         gradient_errors: by parameter, the largest relative difference of a step's gradient, in the 2-norm of a rank's
             part of it.
+        bf16: whether that is the precision.
     """
 
     losses: list[float] = field(default_factory=list)
     loss_error: float = 0.0
     gradient_errors: dict[str, float] = field(default_factory=dict)
+    bf16: bool = False
+
+    @property
+    def loss_tolerance(self) -> float:
+        """What the loss may be off."""
+        return BF16_LOSS_TOLERANCE if self.bf16 else TOLERANCE
+
+    @property
+    def gradient_tolerance(self) -> float:
+        """What a gradient may be off."""
+        return BF16_GRADIENT_TOLERANCE if self.bf16 else TOLERANCE
 
     @property
     def first_layer_error(self) -> float:
@@ -83,7 +115,7 @@ class Comparison:
     @property
     def agrees(self) -> bool:
         """Whether losses and gradients agree within the tolerance."""
-        return self.loss_error <= TOLERANCE and self.worst_gradient[1] <= TOLERANCE
+        return self.loss_error <= self.loss_tolerance and self.worst_gradient[1] <= self.gradient_tolerance
 
 
 def check_layouts(seed: int = 0, layouts: tuple[str, ...] = LAYOUTS, steps: int = STEPS) -> int:
@@ -115,13 +147,55 @@ def check_layouts(seed: int = 0, layouts: tuple[str, ...] = LAYOUTS, steps: int 
     return 0
 
 
-def record_reference(folder: Path, seed: int, steps: int) -> None:
-    """Train in one process (of its own) and leave what it did in `folder`."""
-    _start(_reference_rank, 1, (str(folder), seed, steps), timeout=120.0)
+def check_matrix(seed: int = 0, steps: int = MATRIX_STEPS, part: slice = slice(None)) -> int:
+    """Compare the choices of `matrix.py` (or a part of them) and print a table; returns the exit code for the shell."""
+    from .matrix import pairwise, possible
+
+    choices = pairwise(possible())[part]
+    print(
+        f"{len(choices)} layouts, {steps} steps each of the same model, weights and data; largest relative difference\n"
+        "to one process of the same precision, and what is allowed\n"
+    )
+    width = max(len(str(choice)) for choice in choices)
+    print(
+        f"  {'layout':<{width}} {'ranks':>5} {'loss':>8} {'allowed':>8} {'gradient':>9} {'allowed':>8} {'seconds':>8}"
+    )
+    wrong = 0
+    with tempfile.TemporaryDirectory(prefix="vlm_digits_check_") as name:
+        folder = Path(name)
+        record_reference(folder, seed, steps, bf16=True)
+        for choice in choices:
+            started = time.monotonic()
+            run = Run(choice.dtype, choice.path, choice.microbatches, choice.overlap)
+            found = compare(choice.layout, folder, seed, steps, run=run)
+            parameter, error = found.worst_gradient
+            wrong += not found.agrees
+            print(
+                f"  {choice!s:<{width}} {choice.ranks:>5} {found.loss_error:>8.1e} {found.loss_tolerance:>8.1e} "
+                f"{error:>9.1e} {found.gradient_tolerance:>8.1e} {time.monotonic() - started:>8.1f}"
+                f"{'' if found.agrees else f'  WRONG: {parameter}'}",
+                flush=True,
+            )
+    if wrong:
+        print(f"\n{wrong} of {len(choices)} layouts differ by more than is allowed", file=sys.stderr)
+        return 1
+    print(f"\nall {len(choices)} layouts agree")
+    return 0
+
+
+def record_reference(folder: Path, seed: int, steps: int, bf16: bool = False) -> None:
+    """Train in one process (of its own) and leave what it did in `folder`; also in bf16, where wanted."""
+    _start(_reference_rank, 1, (str(folder), seed, steps, bf16), timeout=120.0)
 
 
 def compare(
-    layout: str, folder: Path, seed: int, steps: int, prepare: Any = None, timeout: float = 180.0
+    layout: str,
+    folder: Path,
+    seed: int,
+    steps: int,
+    prepare: Any = None,
+    timeout: float = 180.0,
+    run: Run | None = None,
 ) -> Comparison:
     """Train over `layout` with real gloo ranks and compare with what `record_reference` left in `folder`.
 
@@ -130,16 +204,17 @@ def compare(
     """
     ranks = parse_layout(layout).world_size
     with tempfile.TemporaryDirectory(prefix="vlm_digits_ranks_") as own:
-        _start(_layout_rank, ranks, (own, layout, str(folder), seed, steps, prepare), timeout)
+        _start(_layout_rank, ranks, (own, layout, str(folder), seed, steps, prepare, run or Run()), timeout)
         found: Comparison = torch.load(Path(own) / "comparison.pt", weights_only=False)
     return found
 
 
-def check_recipe(seed: int) -> Any:
+def check_recipe(seed: int, run: Run | None = None) -> Any:
     """The usual recipe with a batch that every layout above splits evenly."""
     from .trainer import Recipe
 
-    return Recipe(seed=seed, batch=24, microbatches=2)
+    run = run or Run()
+    return Recipe(seed=seed, batch=24, microbatches=run.microbatches, bf16=run.dtype == "bf16")
 
 
 def _start(rank: Any, ranks: int, arguments: tuple[Any, ...], timeout: float) -> None:
@@ -178,7 +253,7 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _reference_rank(rank: int, ranks: int, folder: str, seed: int, steps: int) -> None:
+def _reference_rank(rank: int, ranks: int, folder: str, seed: int, steps: int, bf16: bool) -> None:
     quiet()
     from mimo_ext.megatron import cpu
 
@@ -186,16 +261,19 @@ def _reference_rank(rank: int, ranks: int, folder: str, seed: int, steps: int) -
     from .reference import Reference
 
     _join(rank, ranks, folder)
+    found: dict[str, Any] = {}
     with cpu():
-        reference = Reference(Numbers(seed), check_recipe(seed))
-        weights = reference.weights()
-        losses, gradients = zip(*(reference.step(step) for step in range(steps)), strict=True)
-    torch.save({"weights": weights, "losses": losses, "gradients": gradients}, Path(folder) / "reference.pt")
+        for dtype in ("fp32", "bf16") if bf16 else ("fp32",):
+            reference = Reference(Numbers(seed), check_recipe(seed, Run(dtype)), found.get("weights"))
+            found.setdefault("weights", reference.weights())
+            losses, gradients = zip(*(reference.step(step) for step in range(steps)), strict=True)
+            found[dtype] = {"losses": losses, "gradients": gradients}
+    torch.save(found, Path(folder) / "reference.pt")
     dist.destroy_process_group()
 
 
 def _layout_rank(
-    rank: int, ranks: int, own: str, layout: str, folder: str, seed: int, steps: int, prepare: Any
+    rank: int, ranks: int, own: str, layout: str, folder: str, seed: int, steps: int, prepare: Any, run: Run
 ) -> None:
     quiet()
     from mimo_ext.megatron import cpu
@@ -205,13 +283,17 @@ def _layout_rank(
     from .trainer import Trainer
 
     _join(rank, ranks, own)
-    expected = torch.load(Path(folder) / "reference.pt")
+    recorded = torch.load(Path(folder) / "reference.pt")
+    expected = recorded[run.dtype]
+    found = Comparison(bf16=run.dtype == "bf16")
     with cpu():
         if prepare is not None:
             prepare()
-        load = partial(load_shards, expected["weights"])
-        trainer = Trainer(parse_layout(layout), Numbers(seed), check_recipe(seed), load=load)
-        found = Comparison()
+        load = partial(load_shards, recorded["weights"])
+        recipe = check_recipe(seed, run)
+        trainer = Trainer(
+            parse_layout(layout), Numbers(seed), recipe, load=load, overlap=run.overlap, path=run.path or None
+        )
         for step in range(steps):
             result = trainer.gradients(step)
             _compare_gradients(trainer.model, expected["gradients"][step], found.gradient_errors)

@@ -63,7 +63,8 @@ class DigitViT(VisionModule):
         self.decoder.set_input_tensor(input_tensor)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode ``[N, 8, 8]`` images to ``[N, 4, 64]`` token features."""
+        """Encode ``[N, 8, 8]`` images to ``[N, 4, 64]`` token features, in the precision of the weights."""
+        images = images.to(self.position_embedding.dtype)
         side = IMAGE_SIZE // PATCH_SIZE
         patches = images.reshape(-1, side, PATCH_SIZE, side, PATCH_SIZE).transpose(2, 3).flatten(1, 2).flatten(2)
         tokens = self.patch_embedding(patches) + self.position_embedding  # [N, 4, 64]
@@ -71,8 +72,10 @@ class DigitViT(VisionModule):
         return hidden.transpose(0, 1).contiguous()
 
 
-def transformer_config(hidden_size: int, tp: int = 1, pp: int = 1, **overrides: Any) -> TransformerConfig:
-    """Configuration of two fp32 layers without dropout whose loss is taken per token."""
+def transformer_config(
+    hidden_size: int, tp: int = 1, pp: int = 1, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> TransformerConfig:
+    """Configuration of two layers without dropout whose loss is taken per token."""
     return TransformerConfig(
         num_layers=LAYERS,
         hidden_size=hidden_size,
@@ -81,8 +84,9 @@ def transformer_config(hidden_size: int, tp: int = 1, pp: int = 1, **overrides: 
         pipeline_model_parallel_size=pp,
         init_method_std=0.06,  # Megatron's default is for hidden sizes of thousands
         use_cpu_initialization=True,  # every rank draws the whole weight and keeps its part: the same for every tp
-        params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         masked_softmax_fusion=False,
@@ -93,12 +97,12 @@ def transformer_config(hidden_size: int, tp: int = 1, pp: int = 1, **overrides: 
     )
 
 
-def language_spec(tp: int = 1, pp: int = 1) -> ModuleSpec:
+def language_spec(tp: int = 1, pp: int = 1, dtype: torch.dtype = torch.float32) -> ModuleSpec:
     """The language model. Rotary positions, because image tokens never pass through the word embedding."""
     return ModuleSpec(
         module=GPTModel,
         params={
-            "config": transformer_config(LANGUAGE_HIDDEN, tp, pp),
+            "config": transformer_config(LANGUAGE_HIDDEN, tp, pp, dtype),
             "transformer_layer_spec": get_gpt_layer_local_spec(),
             "vocab_size": VOCAB_SIZE,
             "max_sequence_length": SEQUENCE_LENGTH,
@@ -107,7 +111,7 @@ def language_spec(tp: int = 1, pp: int = 1) -> ModuleSpec:
     )
 
 
-def vision_spec(tp: int = 1) -> ModuleSpec:
+def vision_spec(tp: int = 1, dtype: torch.dtype = torch.float32) -> ModuleSpec:
     """The vision encoder and its projection to the language model's width."""
     return ModuleSpec(
         module=VisionModalitySubmodules,
@@ -117,7 +121,7 @@ def vision_spec(tp: int = 1) -> ModuleSpec:
                 ENCODER: ModuleSpec(
                     module=DigitViT,
                     params={
-                        "transformer_config": transformer_config(VISION_HIDDEN, tp),
+                        "transformer_config": transformer_config(VISION_HIDDEN, tp, dtype=dtype),
                         "transformer_layer_spec": get_vit_layer_with_local_spec(),
                     },
                 )
@@ -126,7 +130,7 @@ def vision_spec(tp: int = 1) -> ModuleSpec:
                 ModuleSpec(
                     module=MultimodalProjector,
                     params={
-                        "config": transformer_config(LANGUAGE_HIDDEN, tp, ffn_hidden_size=LANGUAGE_HIDDEN),
+                        "config": transformer_config(LANGUAGE_HIDDEN, tp, dtype=dtype, ffn_hidden_size=LANGUAGE_HIDDEN),
                         "submodules": MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
                         "projector_type": "mlp",
                         "input_size": VISION_HIDDEN,

@@ -24,16 +24,25 @@ class Reference:
     Args:
         numbers: the data.
         recipe: how to train; `microbatches` makes no difference here.
+        weights: to begin with, by name; default: those of the recipe's seed.
     """
 
-    def __init__(self, numbers: Numbers, recipe: Recipe) -> None:
+    def __init__(self, numbers: Numbers, recipe: Recipe, weights: dict[str, torch.Tensor] | None = None) -> None:
         self.numbers, self.recipe = numbers, recipe
         cpu.manual_seed(recipe.seed)
-        self.model = build_single(single_rank_groups())
-        weights = [p for p in self.model.parameters() if p.ndim > 1]
-        others = [p for p in self.model.parameters() if p.ndim == 1]
+        self.model = build_single(single_rank_groups(), recipe.dtype)
+        if weights is not None:
+            load_shards(weights, self.model)
+        # What the optimizer updates; in fp32 the weights themselves.
+        self.masters = dict(self.model.named_parameters())
+        if recipe.bf16:
+            self.masters = {
+                name: torch.nn.Parameter(weight.detach().float()) for name, weight in self.model.named_parameters()
+            }
+        decayed = [p for p in self.masters.values() if p.ndim > 1]
+        others = [p for p in self.masters.values() if p.ndim == 1]
         self.optimizer = torch.optim.AdamW(
-            [{"params": weights, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=recipe.lr,
             betas=recipe.betas,
         )
@@ -52,13 +61,18 @@ class Reference:
             modality_inputs={IMAGES: {ENCODER: {"images": batch.images}}},
         )
         loss = (losses * batch.loss_mask).sum() / batch.loss_mask.sum()
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         loss.backward()
-        gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        gradients = {name: p.grad.float() for name, p in self.model.named_parameters() if p.grad is not None}
+        for name, gradient in gradients.items():
+            self.masters[name].grad = gradient.clone()
+        torch.nn.utils.clip_grad_norm_(self.masters.values(), self.recipe.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, step)
         self.optimizer.step()
+        with torch.no_grad():
+            for name, weight in self.model.named_parameters():
+                weight.copy_(self.masters[name])
         return loss.item(), gradients
 
 
@@ -79,13 +93,13 @@ def single_rank_groups() -> ProcessGroupCollection:
     return ProcessGroupCollection(**{name: world for name in names if not name.startswith("hcp")})
 
 
-def build_single(groups: ProcessGroupCollection) -> MimoModel:
+def build_single(groups: ProcessGroupCollection, dtype: torch.dtype = torch.float32) -> MimoModel:
     """The whole model on this rank."""
-    language, vision = language_spec(), vision_spec()
+    language, vision = language_spec(dtype=dtype), vision_spec(dtype=dtype)
     language.params["pg_collection"] = groups
     vision.submodules["encoders"][ENCODER].params["pg_collection"] = groups
     vision.submodules["input_projections"][0].params["tp_group"] = groups.tp
-    return MimoModel(MimoModelConfig(language, {IMAGES: vision}, dict(SPECIAL_TOKEN_IDS)))
+    return MimoModel(MimoModelConfig(language, {IMAGES: vision}, dict(SPECIAL_TOKEN_IDS))).to(dtype)
 
 
 def matching_shards(

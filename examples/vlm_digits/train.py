@@ -67,10 +67,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--check",
         nargs="?",
-        choices=("disjoint", "colocated"),
-        const="disjoint",
-        help="instead of training: compare the first steps with one process without parallelism, for many layouts in "
-        "which each module has ranks of its own (disjoint, the default) or both have the same (colocated)",
+        choices=("matrix", "disjoint", "colocated"),
+        const="matrix",
+        help="instead of training: compare the first steps with one process without parallelism, for the layouts, "
+        "precisions and ways to run of matrix.py (the default), or more steps in fp32 for a few layouts in which each "
+        "module has ranks of its own (disjoint) or both have the same (colocated)",
     )
     return parser.parse_args(arguments)
 
@@ -105,11 +106,12 @@ def main(arguments: list[str] | None = None) -> int:
     quiet()
     hide_gpus()
     if options.check:
-        from vlm_digits.check import COLOCATED_LAYOUTS, LAYOUTS, check_layouts
+        from vlm_digits.check import COLOCATED_LAYOUTS, LAYOUTS, check_layouts, check_matrix
 
-        layouts = COLOCATED_LAYOUTS if options.check == "colocated" else LAYOUTS
         try:
-            return check_layouts(options.seed, layouts)
+            if options.check == "matrix":
+                return check_matrix(options.seed)
+            return check_layouts(options.seed, COLOCATED_LAYOUTS if options.check == "colocated" else LAYOUTS)
         except KeyboardInterrupt:
             print("\nstopped by SIGINT; all ranks have ended", file=sys.stderr)
             return 130

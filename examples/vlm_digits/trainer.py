@@ -56,6 +56,12 @@ class Recipe:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
+    bf16: bool = False  # weights, activations and what travels; gradients are summed and weights updated in fp32
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model."""
+        return torch.bfloat16 if self.bf16 else torch.float32
 
 
 @dataclass
@@ -94,6 +100,7 @@ class Trainer:
         timeout: how long a transfer may take before the bridge raises.
         overlap: let transfers between modules on ranks of their own run while the ranks compute.
         links: between the modules, for the bridge's choice of how replicas come by their copies; default: its own.
+        path: that choice itself; default "auto".
         extra_warmup: with `overlap`: microbatches that each stage computes ahead of the next one, beyond those of 1F1B.
     """
 
@@ -107,18 +114,22 @@ class Trainer:
         overlap: bool = True,
         extra_warmup: int = 0,
         links: Links | None = None,
+        path: str | None = None,
     ) -> None:
         self.layout, self.numbers, self.recipe = layout, numbers, recipe
         self.overlap, self.extra_warmup = overlap, extra_warmup
         self.modules = layout.modules_of(dist.get_rank())
-        provider = build_provider(layout)
+        provider = build_provider(layout, recipe.dtype)
         self.infra = provider.get_or_build_infra()
         home = LANGUAGE if LANGUAGE in self.modules else IMAGES
         cpu.manual_seed(recipe.seed, self.infra.pg_collections[home])
         hook = None if load is None else partial(_call_on_first, load)
         self.model = provider.provide_distributed_model(
-            ddp_config=DistributedDataParallelConfig(overlap_grad_reduce=False, use_distributed_optimizer=False),
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
+            ),
             pre_wrap_hook=hook,
+            mixed_precision_wrapper=lambda config, model: model,  # the encoder casts its images itself
         )[0]
         self.config = get_model_config(self.model)
         self.communicator: Any = None  # or that of another implementation: Megatron's schedule takes any
@@ -135,6 +146,7 @@ class Trainer:
                 device="cpu",
                 model=self.model,
                 links=links,
+                path=path,
             )
         self.pg_collection = build_pg_collection_for_schedule(self.infra)
         self.module_to_grid = get_module_to_grid_tuple(self.model, self.infra)
@@ -305,13 +317,13 @@ def _call_on_first(function: Callable[[torch.nn.Module], None], models: list[tor
     return models
 
 
-def build_provider(layout: VlmLayout) -> MimoModelProvider:
-    """The provider of the model for `layout`."""
+def build_provider(layout: VlmLayout, dtype: torch.dtype = torch.float32) -> MimoModelProvider:
+    """The provider of the model for `layout`, in fp32 or bf16."""
     modules = layout.modules
     language = modules[LANGUAGE]
     return MimoModelProvider(
-        language_model_spec=language_spec(language.tp, language.pp),
-        modality_submodules_spec={IMAGES: vision_spec(modules[IMAGES].tp)},
+        language_model_spec=language_spec(language.tp, language.pp, dtype),
+        modality_submodules_spec={IMAGES: vision_spec(modules[IMAGES].tp, dtype)},
         special_token_ids=dict(SPECIAL_TOKEN_IDS),
         mimo_parallelism_config=MimoParallelismConfig(
             module_parallelisms={
@@ -324,12 +336,12 @@ def build_provider(layout: VlmLayout) -> MimoModelProvider:
                 for name, module in modules.items()
             }
         ),
-        bf16=False,
+        bf16=dtype is torch.bfloat16,
     )
 
 
 def optimizer_config(recipe: Recipe) -> OptimizerConfig:
-    """AdamW in fp32; biases and norms are not decayed (Megatron's default)."""
+    """AdamW, of fp32 weights; biases and norms are not decayed (Megatron's default)."""
     return OptimizerConfig(
         optimizer="adam",
         lr=recipe.lr,
@@ -338,8 +350,8 @@ def optimizer_config(recipe: Recipe) -> OptimizerConfig:
         adam_beta1=recipe.betas[0],
         adam_beta2=recipe.betas[1],
         clip_grad=recipe.clip,
-        bf16=False,
+        bf16=recipe.bf16,
         fp16=False,
-        params_dtype=torch.float32,
+        params_dtype=recipe.dtype,
         use_distributed_optimizer=False,
     )
