@@ -300,7 +300,9 @@ class Bridge:
         self._limit(microbatches)
 
     def _limit(self, microbatches: int) -> None:
-        self._open.max_in_flight = microbatches
+        if self._communicator is None:
+            raise BridgeError(f"bridge '{self.name}': its setup did not finish")
+        self._communicator.max_in_flight = microbatches
 
     @property
     def plan(self) -> Plan:
