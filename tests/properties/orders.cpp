@@ -41,11 +41,13 @@ OneWay orders_of(const Setting& setting, const std::shared_ptr<const core::Sides
       const std::pair place{role.lane, role.member};
       const std::string who = "shape of rank " + std::to_string(role.rank) + ", " + side;
       if (destination == forward) {
-        auto order = std::make_shared<const comm::ReceiveOrder>(comm::receive_order(*plan, role.rank, place));
+        auto order = std::make_shared<const comm::ReceiveOrder>(
+            comm::receive_order(*plan, role.rank, place, setting.fixed == 0));
         if (order->shape != shape) fail(who);
         way.receivers.push_back({std::move(role), std::move(order)});
       } else {
-        auto order = std::make_shared<const comm::SendOrder>(comm::send_order(*plan, role.rank, place));
+        auto order =
+            std::make_shared<const comm::SendOrder>(comm::send_order(*plan, role.rank, place, setting.fixed == 0));
         if (order->shape != shape) fail(who);
         way.senders.push_back({std::move(role), std::move(order)});
       }

@@ -54,12 +54,15 @@ std::string text_of(std::int64_t microbatch, int id, const comm::Transfer* trans
          ", contribution " + std::to_string(transfer->contribution);
 }
 
-bool same(std::int64_t microbatch, int id, const comm::Transfer* a, std::int64_t other, int other_id,
-          const comm::Transfer* b) {
-  if (microbatch != other || id != other_id || (a == nullptr) != (b == nullptr)) return false;
-  return a == nullptr ||
-         (a->volume == b->volume && a->sender_lane == b->sender_lane && a->receiver_lane == b->receiver_lane &&
-          a->chunk == b->chunk && a->contribution == b->contribution);
+bool same(const comm::Transfer* a, const comm::Transfer* b) {
+  if (a == nullptr || b == nullptr) return a == b;
+  return a->volume == b->volume && a->sender_lane == b->sender_lane && a->receiver_lane == b->receiver_lane &&
+         a->chunk == b->chunk && a->contribution == b->contribution && a->with_header == b->with_header &&
+         a->eager == b->eager;
+}
+
+bool has_message(const comm::Transfer& transfer) {
+  return !transfer.local && !transfer.with_header && transfer.eager < transfer.volume;
 }
 
 }  // namespace
@@ -142,7 +145,9 @@ void Simulator::run() {
   }
   if (!stuck.empty()) throw std::runtime_error("deadlock:" + stuck);
   for (const auto& [stream, posted] : streams_) {
-    if (!posted.sends.empty() || !posted.receives.empty()) throw std::runtime_error("a message is left over");
+    const bool ahead = std::get<2>(stream) % kKinds == kEager;  // such receives are posted whether or not any is sent
+    if (!posted.sends.empty() || (!posted.receives.empty() && !ahead))
+      throw std::runtime_error("a message is left over");
   }
 }
 
@@ -164,22 +169,28 @@ void Simulator::post(bool sending, Slot& slot, const Channel& channel, int peer,
 
 void Simulator::meet(const Stream& stream, Slot& send, Slot& receive) {
   ++messages_;
-  if (!same(send.microbatch, send.id, send.transfer, receive.microbatch, receive.id, receive.transfer)) {
+  // What is sent ahead is received by whatever was posted for the sender first: its header says whose it is.
+  const bool ahead = std::get<2>(stream) % kKinds == kEager;
+  if (ahead ? send.id != receive.id
+            : send.microbatch != receive.microbatch || send.id != receive.id || send.volume != receive.volume ||
+                  !same(send.transfer, receive.transfer)) {
     throw std::runtime_error("rank " + std::to_string(std::get<0>(stream)) + " sends " +
                              text_of(send.microbatch, send.id, send.transfer) + "; rank " +
                              std::to_string(std::get<1>(stream)) + " expects " +
                              text_of(receive.microbatch, receive.id, receive.transfer));
   }
-  if (send.tensor != nullptr) {
-    const comm::Transfer& from = *send.transfer;
-    if (from.in_place) {  // read when it moves
-      const auto first = send.tensor->begin() + from.offset;
-      send.staged.assign(first, first + from.volume);
-    }
-    receive.staged = std::move(send.staged);
-    if (const comm::Transfer& to = *receive.transfer; to.in_place) {
-      std::copy(receive.staged.begin(), receive.staged.end(), receive.tensor->begin() + to.offset);
-    }
+  if (ahead) {
+    receive.microbatch = send.microbatch;
+    receive.volume = send.volume;
+  }
+  if (send.tensor != nullptr && send.transfer->in_place) {  // read when it moves
+    const auto last = send.tensor->begin() + send.transfer->offset + send.transfer->volume;
+    send.staged.assign(last - send.volume, last);
+  }
+  receive.staged = std::move(send.staged);
+  if (receive.tensor != nullptr && receive.transfer->in_place) {
+    const auto last = receive.tensor->begin() + receive.transfer->offset + receive.transfer->volume;
+    std::copy(receive.staged.begin(), receive.staged.end(), last - receive.volume);
   }
   set(send.ended);
   set(receive.ended);
@@ -216,18 +227,38 @@ void Simulator::start_send(Channel& channel) {
     const comm::Transfer& transfer = order.transfers[index];
     Slot& slot = job.payload[index];
     slot.transfer = &transfer;
+    slot.volume = transfer.volume - transfer.eager;
     if (!orders.tensor) continue;
-    if (!transfer.in_place || transfer.local) slot.staged = pack(transfer, order.shape, job.tensor);
-    slot.tensor = &job.tensor;
+    const bool apart = transfer.local || transfer.with_header || transfer.eager > 0;
+    if (!transfer.in_place || apart) slot.staged = pack(transfer, order.shape, job.tensor);
+    slot.tensor = apart ? nullptr : &job.tensor;
   }
   if (!orders.fixed) {
     for (int to : orders.headers_to) {
-      post(true, job.headers.emplace_back(), channel, to, kHeader, microbatch);
+      Slot& header = job.headers.emplace_back();
+      const auto announced = order.announced.find(to);
+      if (!job.payload.empty() && announced != order.announced.end() &&
+          order.transfers[announced->second].with_header) {
+        header.staged = job.payload[announced->second].staged;
+      }
+      post(true, header, channel, to, kHeader, microbatch);
       if (orders.row_counts) post(true, job.row_counts.emplace_back(), channel, to, kRows, microbatch);
     }
   }
   for (Slot& slot : job.payload) {
-    if (!slot.transfer->local) post(true, slot, channel, slot.transfer->peer, kPayload, microbatch);
+    const comm::Transfer& transfer = *slot.transfer;
+    if (transfer.eager > 0 && !transfer.local) {
+      Slot& begins = job.eager.emplace_back();
+      begins.transfer = &transfer;
+      begins.volume = transfer.eager;
+      if (orders.tensor) {
+        const auto rest = slot.staged.begin() + transfer.eager;
+        begins.staged.assign(slot.staged.begin(), rest);
+        slot.staged.erase(slot.staged.begin(), rest);
+      }
+      post(true, begins, channel, transfer.peer, kEager, microbatch);
+    }
+    if (has_message(transfer)) post(true, slot, channel, transfer.peer, kPayload, microbatch);
   }
   for (Slot& slot : job.payload) {
     if (slot.transfer->local) job.local.push_back(std::move(slot.staged));
@@ -246,8 +277,9 @@ Simulator::Thread Simulator::run_sends(Channel& channel) {
         co_await Wait{job.row_counts[index].ended, "row counts to", channel.orders->headers_to[index], number};
       }
     }
+    for (Slot& slot : job.eager) co_await Wait{slot.ended, "beginning of payload to", slot.transfer->peer, number};
     for (Slot& slot : job.payload) {
-      if (!slot.transfer->local) co_await Wait{slot.ended, "payload to", slot.transfer->peer, number};
+      if (has_message(*slot.transfer)) co_await Wait{slot.ended, "payload to", slot.transfer->peer, number};
     }
     std::fill(job.tensor.begin(), job.tensor.end(), kGone);
     set(job.ended);
@@ -264,8 +296,27 @@ void Simulator::post_receive(Channel& channel) {
       Slot& slot = job.headers.emplace_back();
       if (from != channel.rank) post(false, slot, channel, from, kHeader, microbatch);
     }
+    post_eager(channel);
   }
   set(job.begun);
+}
+
+void Simulator::post_eager(Channel& channel) {
+  const std::vector<int>& senders = channel.orders->headers_from;
+  if (comm::eager_bytes_of(static_cast<int>(senders.size())) == 0) return;
+  channel.eager.resize(senders.size());
+  ++channel.headers_expected;
+  for (std::size_t index = 0; index < senders.size(); ++index) {
+    while (senders[index] != channel.rank && channel.eager[index].size() < channel.headers_expected) {
+      Slot& slot = eager_.emplace_back();
+      channel.eager[index].push_back(&slot);
+      post(false, slot, channel, senders[index], kEager, 0);
+    }
+  }
+}
+
+std::size_t Simulator::at_header(const Channel& channel, const comm::Transfer& transfer) {
+  return static_cast<std::size_t>(transfer.sender_lane - channel.orders->first_sender_lane);
 }
 
 bool Simulator::skips(const Channel& channel, int sender_lane) {
@@ -284,7 +335,9 @@ void Simulator::post_payload(Channel& channel, Job& job, std::size_t microbatch)
     slots.resize(transfers.size());
     for (std::size_t index = 0; index < transfers.size(); ++index) {
       slots[index].transfer = &transfers[index];
-      slots[index].tensor = valued ? &job.tensor : nullptr;
+      const bool apart = transfers[index].with_header || transfers[index].eager > 0;
+      slots[index].tensor = valued && !apart ? &job.tensor : nullptr;
+      slots[index].volume = transfers[index].volume - transfers[index].eager;
     }
   };
   aim(job.payload, order.receives);
@@ -302,6 +355,11 @@ void Simulator::post_receives(Channel& channel, Job& job, std::size_t microbatch
   for (; job.posted < job.payload.size() && (!windowed || job.volume < channel.orders->window); ++job.posted) {
     Slot& slot = job.payload[job.posted];
     if (slot.transfer->local || skips(channel, slot.transfer->sender_lane)) continue;
+    if (slot.transfer->with_header) {
+      slot.staged = job.headers[at_header(channel, *slot.transfer)].staged;
+      continue;
+    }
+    if (!has_message(*slot.transfer)) continue;
     job.volume += slot.transfer->volume;
     post(false, slot, channel, slot.transfer->peer, kPayload, microbatch);
   }
@@ -324,15 +382,23 @@ Simulator::Thread Simulator::run_receives(Channel& channel) {
     if (!orders.fixed) {
       any = false;
       for (std::size_t index = 0; index < orders.headers_from.size(); ++index) {
-        any = any || !skips(channel, orders.first_sender_lane + static_cast<int>(index));
+        const bool skipped = skips(channel, orders.first_sender_lane + static_cast<int>(index));
+        any = any || !skipped;
         const int from = orders.headers_from[index];
+        job.begun_with.push_back(nullptr);
         if (from == channel.rank) continue;
         co_await Wait{job.headers[index].ended, "header from", from, number};
+        if (!skipped && order.announced.at(index).eager_bytes > 0) {
+          if (channel.eager[index].empty()) throw std::runtime_error("payload ahead of its turn");
+          job.begun_with.back() = channel.eager[index].front();
+          channel.eager[index].pop_front();
+        }
         if (!orders.row_counts) continue;
         Slot& slot = job.row_counts.emplace_back();
         post(false, slot, channel, from, kRows, microbatch);
         co_await Wait{slot.ended, "row counts from", from, number};
       }
+      if (channel.headers_expected > 0) --channel.headers_expected;
       if (any) post_payload(channel, job, microbatch);
     }
     if (!any) {
@@ -344,7 +410,14 @@ Simulator::Thread Simulator::run_receives(Channel& channel) {
       if (skips(channel, stage.sender_lane)) continue;
       for (std::size_t index = stage.first_receive; index < stage.last_receive; ++index) {
         Slot& slot = job.payload[index];
-        if (slot.transfer->local) continue;
+        if (slot.transfer->eager > 0 && !slot.transfer->local) {
+          Slot& begins = *job.begun_with.at(at_header(channel, *slot.transfer));
+          co_await Wait{begins.ended, "beginning of payload from", slot.transfer->peer, number};
+          if (begins.microbatch != number || begins.volume != slot.transfer->eager) {
+            throw std::runtime_error("the beginning of another payload");
+          }
+        }
+        if (!has_message(*slot.transfer)) continue;
         co_await Wait{slot.ended, "payload from", slot.transfer->peer, number};
         job.volume -= slot.transfer->volume;
         post_receives(channel, job, microbatch);
@@ -354,7 +427,11 @@ Simulator::Thread Simulator::run_receives(Channel& channel) {
         const comm::Transfer& transfer = *slot.transfer;
         if (transfer.local) {
           unpack(transfer, order.shape, own->local.at(transfer.local_index), job.tensor);
-        } else if (!transfer.in_place) {
+        } else if (transfer.eager > 0) {
+          Values all = job.begun_with.at(at_header(channel, transfer))->staged;
+          all.insert(all.end(), slot.staged.begin(), slot.staged.end());
+          unpack(transfer, order.shape, all, job.tensor);
+        } else if (!transfer.in_place || transfer.with_header) {
           unpack(transfer, order.shape, slot.staged, job.tensor);
         }
       }

@@ -10,7 +10,9 @@
 //   microbatch and size.
 // * A rank has a caller, which runs a script of sends, posts of receives, and waits. A send posts all of its messages
 //   and returns; it waits only while `in_flight` earlier microbatches of its channel have not ended. With static shapes
-//   a post posts the receives of the payload and of the lane's copies, else those of the headers.
+//   a post posts the receives of the payload and of the lane's copies, else those of the headers. A header's message
+//   may hold a small payload; the beginning of a larger one may follow it unasked, for which each sender has a receive
+//   posted ahead: one for every microbatch whose headers have not come.
 // * Every channel (a direction of a bridge on a rank) has a worker that ends its sends in order, and one that carries
 //   out its receives, one microbatch after the other: what this rank sends to itself, headers, then the payload stage
 //   by stage; each stage that has come is forwarded to the replicas; then the lane's copies, in order; and at last the
@@ -99,13 +101,16 @@ class Simulator {
     int id = 0;
     Values* tensor = nullptr;
     Values staged;
+    std::int64_t volume = 0;  ///< of this message; less than the transfer's where its beginning has gone ahead
   };
   struct Job {
     Event begun;
     Event ended;
     std::deque<Slot> headers;
     std::deque<Slot> row_counts;
-    std::vector<Slot> payload;  ///< or what is received
+    std::deque<Slot> eager;         ///< sent ahead
+    std::vector<Slot*> begun_with;  ///< by header: what has come ahead
+    std::vector<Slot> payload;      ///< or what is received
     std::vector<Slot> lane_sends;
     std::vector<Slot> lane_receives;
     Values tensor;
@@ -121,6 +126,8 @@ class Simulator {
     std::size_t sent = 0;
     std::size_t posted = 0;
     std::size_t waited = 0;
+    std::size_t headers_expected = 0;
+    std::vector<std::deque<Slot*>> eager;  ///< by header sender: posted, and not announced yet
   };
   struct Thread {
     struct promise_type {
@@ -152,15 +159,17 @@ class Simulator {
     std::deque<Slot*> sends;
     std::deque<Slot*> receives;
   };
-  enum Kind : std::uint8_t { kHeader, kPayload, kLane, kRows, kKinds };
+  enum Kind : std::uint8_t { kHeader, kPayload, kLane, kRows, kEager, kKinds };
 
   Thread run_caller(std::vector<Step> script);
   Thread run_sends(Channel& channel);
   Thread run_receives(Channel& channel);
   void start_send(Channel& channel);
   void post_receive(Channel& channel);
+  void post_eager(Channel& channel);
   void post_payload(Channel& channel, Job& job, std::size_t microbatch);
   void post_receives(Channel& channel, Job& job, std::size_t microbatch);
+  static std::size_t at_header(const Channel& channel, const comm::Transfer& transfer);
   static bool skips(const Channel& channel, int sender_lane);
   void post(bool sending, Slot& slot, const Channel& channel, int peer, Kind kind, std::size_t microbatch);
   void meet(const Stream& stream, Slot& send, Slot& receive);
@@ -170,6 +179,7 @@ class Simulator {
   Draw random_;
   std::deque<std::coroutine_handle<>> ready_;
   std::deque<Channel> channels_;
+  std::deque<Slot> eager_;  ///< all receives of what is sent ahead
   std::deque<Named> threads_;
   std::map<Stream, Posted> streams_;
   std::size_t messages_ = 0;
