@@ -30,6 +30,8 @@ from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY
 
 logger = logging.getLogger(__name__)
 
+_PREMULTIPLIED = "gradient_premultiplier"  # attribute of a DDP whose reduction has multiplied by more than DDP's factor
+
 
 def _get_dp_size_from_grid(grid: Any) -> int:
     """DP size from the grid's shape: needs no process group, so it works on ranks outside the grid too."""
@@ -223,12 +225,13 @@ def _corrections(
     finalized: list[tuple[str, Any, Any]], num_tokens: torch.Tensor | None, language_grid: Any
 ) -> Iterator[tuple[str, Any, Any]]:
     """``(name, module, target / p)`` of the modules whose reduced gradients need it; with tokens collective."""
-    if num_tokens is None:
-        ranks = _summed_ranks(language_grid) if language_grid is not None else 1
-        for name, module, grid in finalized:
-            factor = _inverse_of_applied(name, module, grid) / ranks
+    for name, module, grid in finalized:
+        if num_tokens is None or name == MIMO_LANGUAGE_MODULE_KEY:
+            known = _constant_correction(name, module, grid, language_grid, num_tokens is not None)
+            factor = known / _premultiplied(module)
             if factor != 1.0:
                 yield name, module, factor
+    if num_tokens is None:
         return
 
     dist.broadcast(num_tokens, src=language_grid.rank_offset + language_grid.size - 1)
@@ -239,7 +242,7 @@ def _corrections(
     if one_over_tokens is None:
         return
     for name, module, grid in encoders:
-        scale = _inverse_of_applied(name, module, grid)
+        scale = _constant_correction(name, module, grid, language_grid, True) / _premultiplied(module)
         if isinstance(one_over_tokens, torch.Tensor):
             yield name, module, torch.where(one_over_tokens > 0, one_over_tokens * scale, 1.0)
         else:
@@ -291,6 +294,21 @@ def _inverse_of_applied(name: str, module: Any, grid: Any) -> float:
     """1 / p, divided by the copies of one gradient that DDP's sum counted."""
     inverse = 1.0 if get_model_config(module).calculate_per_token_loss else float(_summed_ranks(grid))
     return inverse if name == MIMO_LANGUAGE_MODULE_KEY else inverse / _cp_replicas(module, grid)
+
+
+def _constant_correction(name: str, module: Any, grid: Any, language_grid: Any, per_token: bool) -> float:
+    """The part of a module's ``target / p`` that is known before the number of tokens is."""
+    if not per_token:
+        return _inverse_of_applied(name, module, grid) / (
+            _summed_ranks(language_grid) if language_grid is not None else 1
+        )
+    # Megatron's own finalization does all that the language module needs.
+    return 1.0 if name == MIMO_LANGUAGE_MODULE_KEY else _inverse_of_applied(name, module, grid)
+
+
+def _premultiplied(module: Any) -> float:
+    """What the module's reduction has multiplied the gradients by, on top of DDP's own factor."""
+    return vars(module).get(_PREMULTIPLIED, 1.0)
 
 
 def _summed_ranks(grid: Any) -> int:

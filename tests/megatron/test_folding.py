@@ -218,7 +218,9 @@ class Module:
         self.scaled.append(float(factor))
 
 
-def finalize(monkeypatch, tokens: torch.Tensor | None, per_token: tuple[bool, bool], optimizer: Any) -> list[Module]:
+def finalize(
+    monkeypatch, tokens: torch.Tensor | None, per_token: tuple[bool, bool], optimizer: Any, premultiplied: float = 1.0
+) -> list[Module]:
     """An encoder with DP 4 and a language model with DP 2, given as (language, encoder)."""
     grids = {"images": Grid(0, dp=4), "language": Grid(0, dp=2)}
     infra = SimpleNamespace(module_to_grid_map=grids, pg_collections={name: object() for name in grids})
@@ -230,6 +232,9 @@ def finalize(monkeypatch, tokens: torch.Tensor | None, per_token: tuple[bool, bo
 
     monkeypatch.setattr(utils, "_finalize_model_grads", reduce)
     modules = [Module(flag) for flag in per_token]
+    if premultiplied != 1.0:
+        for module in modules:
+            setattr(module, utils._PREMULTIPLIED, premultiplied)
     pairs = [(modules[0], grids["language"]), (modules[1], grids["images"])]
     utils.finalize_model_grads_multimodule(None, tokens, infra=infra, module_to_grid_tuple=pairs, fold_into=optimizer)
     return modules
@@ -262,6 +267,16 @@ def test_finalization_leaves_gradients_alone_and_hands_their_factors_over(
     explicit = finalize(monkeypatch, given, per_token, None)
     applied = [math.prod(module.scaled) for module in explicit]
     assert applied == pytest.approx(list(expected), rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "per_token", "expected"),
+    [(50, (True, False), (1 / 200, 4 / 200)), (None, (False, False), (1 / 4, 2 / 4)), (0, (True, True), (1 / 4, 1.0))],
+)
+def test_what_the_reduction_has_multiplied_by_is_left_out(alone, monkeypatch, tokens, per_token, expected):
+    given = None if tokens is None else torch.tensor(tokens)
+    modules = finalize(monkeypatch, given, per_token, None, premultiplied=4.0)
+    assert [math.prod(module.scaled) for module in modules] == pytest.approx(list(expected), rel=1e-7)
 
 
 def test_finalization_refuses_what_takes_no_factor_before_it_reduces(alone, monkeypatch):

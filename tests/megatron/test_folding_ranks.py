@@ -5,6 +5,7 @@ Gradients are made up rather than computed; they go through DDP's reduction, fin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -97,7 +98,7 @@ class Touched(TorchDispatchMode):
 class Run:
     """Model and optimizer of one variant on this rank."""
 
-    def __init__(self, variant: Variant, folded: bool) -> None:
+    def __init__(self, variant: Variant, folded: bool, prepare: Callable[[Any, Any], None] | None = None) -> None:
         from megatron.core.distributed import DistributedDataParallelConfig
         from megatron.core.models.mimo.optimizer import get_mimo_optimizer
         from megatron.core.optimizer import OptimizerConfig
@@ -123,6 +124,8 @@ class Run:
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=variant.distributed, grad_reduce_in_fp32=True)
         [self.model] = provider.provide_distributed_model(ddp)
         self.pairs = utils.get_module_to_grid_tuple(self.model, infra)
+        if prepare is not None:
+            prepare(infra, self.pairs)
         self.has_language = infra.pg_collections["language"] is not None
         self.optimizer = get_mimo_optimizer(
             utils.unwrap_megatron_mimo_model(self.model),
