@@ -52,6 +52,7 @@ SOURCES = [
     "csrc/ops/cpu/vector_kernels_avx512.cpp",
     "csrc/comm/errors.cpp",
     "csrc/comm/flight.cpp",
+    "csrc/comm/fork.cpp",
     "csrc/comm/header.cpp",
     "csrc/comm/leftovers.cpp",
     "csrc/comm/c10d_transport.cpp",

@@ -529,18 +529,25 @@ class Bridge:
     def close(self, abort: bool = False) -> None:
         """End the bridge: wait for what is under way (`abort`: do not), join its threads, give up its process groups.
 
-        Later operations raise BridgeError. Calling it again does nothing.
+        Later operations raise BridgeError. Calling it again does nothing. In a process that was forked off from the one
+        that made the bridge it gives up the copy there, and the parent goes on.
 
         Peers that wait for a rank that aborts raise BridgeError at once, which names it. With shapes that vary it also
         says why: because of the exception that is being handled here, if there is one.
+
+        Raises:
+            BridgeError: what was under way failed, and no operation has said so before; the bridge is closed all the
+                same. Not with `abort`.
         """
         if self._communicator is None or self._communicator.closed:
             return
         error = sys.exception() if abort else None
         why = "the bridge was closed with abort=True" if error is None else f"{type(error).__name__}: {error}"
-        self._communicator.close(abort, why if abort else "")
-        self._finalizer.detach()
-        self._groups = None
+        try:
+            self._communicator.close(abort, why if abort else "")
+        finally:
+            self._finalizer.detach()
+            self._groups = None
 
     def __enter__(self) -> Bridge:
         return self

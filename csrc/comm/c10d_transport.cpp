@@ -12,9 +12,21 @@ bool says_timeout(const std::string& what) {
   return what.find("imed out") != std::string::npos || what.find("imeout") != std::string::npos;
 }
 
-/// What happened, without the advice that gloo adds to it.
-std::string without_advice(const std::string& what) {
-  return what.substr(0, what.find(". This is typically caused by"));
+/// What happened, without the place in gloo's sources before it and the advice after it.
+std::string words_of(const std::string& what) {
+  const std::string before = what.substr(0, what.find(". This is typically caused by"));
+  const std::size_t place = before.find(".cc:");
+  const std::size_t end = before.find("] ");
+  return before.rfind('[', 0) == 0 && place < end && end != std::string::npos ? before.substr(end + 2) : before;
+}
+
+template <typename Post>
+Request posted(const Post& post) {
+  try {
+    return Request(post());
+  } catch (const std::exception& error) {
+    throw TransportError(words_of(error.what()), false);
+  }
 }
 
 }  // namespace
@@ -26,7 +38,7 @@ bool Request::wait(std::chrono::milliseconds timeout) {
     return work_->wait(limit);
   } catch (const std::exception& error) {
     const std::string what = error.what();
-    throw TransportError(without_advice(what), says_timeout(what));
+    throw TransportError(words_of(what), says_timeout(what));
   }
 }
 
@@ -58,11 +70,11 @@ int C10dTransport::index_of(int peer) const {
 }
 
 Request C10dTransport::send(std::vector<at::Tensor>& tensor, int index, int tag) {
-  return Request(backend_->send(tensor, index, tag));
+  return posted([&] { return backend_->send(tensor, index, tag); });
 }
 
 Request C10dTransport::recv(std::vector<at::Tensor>& tensor, int index, int tag) {
-  return Request(backend_->recv(tensor, index, tag));
+  return posted([&] { return backend_->recv(tensor, index, tag); });
 }
 
 }  // namespace mimo_ext::comm

@@ -2,6 +2,7 @@
 #include "comm/channel.h"
 
 #include <algorithm>
+#include <sstream>
 
 #include "comm/channel_jobs.h"
 
@@ -11,6 +12,10 @@ namespace {
 
 /// Shapes alternate in practice (the last microbatch of an epoch, evaluation); each program holds buffers.
 constexpr std::size_t kPrograms = 4;
+
+/// Nobody can tell these apart from here.
+constexpr const char* kConnectionBroke =
+    ": the connection broke: the peer is gone, or gave up after an error of its own, which it reports (";
 
 template <typename Program>
 std::shared_ptr<Program> find(const std::vector<std::shared_ptr<Program>>& programs, const core::Microbatch& microbatch,
@@ -100,6 +105,11 @@ bool Channel::sending() {
   return in_flight_ > 0;
 }
 
+bool Channel::close_within(std::chrono::milliseconds limit) {
+  const bool sent = !send_worker_ || send_worker_->close_within(limit);
+  return sent && (!receive_worker_ || receive_worker_->close_within(limit));
+}
+
 void Channel::close() {
   if (send_worker_) send_worker_->close();
   if (receive_worker_) receive_worker_->close();
@@ -136,11 +146,11 @@ void Channel::wait_for(Waiter& waiter, Request& request, FlightPhase phase, int 
     }
     const std::string head = where(operation, sequence) + ": " + text_of(phase) + " rank " + std::to_string(peer);
     if (error.timed_out()) {
-      throw BridgeTimeoutError(head + ": nothing within " +
-                               std::to_string(static_cast<double>(config_.timeout.count()) / 1000.0).substr(0, 6) +
-                               " s (" + error.what() + ")");
+      std::ostringstream seconds;
+      seconds << static_cast<double>(config_.timeout.count()) / 1000.0;
+      throw BridgeTimeoutError(head + ": nothing within " + seconds.str() + " s");
     }
-    throw BridgeError(head + ": the peer is gone or the connection broke (" + error.what() + ")");
+    throw BridgeError(head + kConnectionBroke + error.what() + ")");
   }
 }
 
@@ -150,7 +160,7 @@ Request Channel::post(bool sending, std::vector<at::Tensor>& tensor, int index, 
     return sending ? transport_.send(tensor, index, tag(kind)) : transport_.recv(tensor, index, tag(kind));
   } catch (const std::exception& error) {
     throw BridgeError(where(operation, sequence) + ": " + (sending ? "message to" : "message from") + " rank " +
-                      std::to_string(peer) + ": the peer is gone or the connection broke (" + error.what() + ")");
+                      std::to_string(peer) + kConnectionBroke + error.what() + ")");
   }
 }
 

@@ -94,6 +94,8 @@ class Channel {
   /// Waits for everything that is under way (each wait has its timeout), then ends the workers. After a failure: at
   /// once.
   void close();
+  /// The same, up to `limit`; false where something is still under way. Nothing can be sent or received after it.
+  bool close_within(std::chrono::milliseconds limit);
 
  private:
   struct HeaderPeer {

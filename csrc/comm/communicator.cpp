@@ -5,8 +5,10 @@
 #include <c10/core/GradMode.h>
 
 #include <array>
+#include <exception>
 #include <sstream>
 
+#include "comm/fork.h"
 #include "comm/leftovers.h"
 
 namespace mimo_ext::comm {
@@ -25,10 +27,25 @@ std::string text_of(at::IntArrayRef shape) {
 
 }  // namespace
 
+class Communicator::Telling {
+ public:
+  explicit Telling(Communicator& communicator) : communicator_(communicator) {}
+  Telling(const Telling&) = delete;
+  Telling& operator=(const Telling&) = delete;
+  ~Telling() {
+    if (std::uncaught_exceptions() > before_ && communicator_.failure_.failed()) communicator_.told_ = true;
+  }
+
+ private:
+  Communicator& communicator_;
+  const int before_ = std::uncaught_exceptions();
+};
+
 Communicator::Communicator(BridgeConfig config, std::unique_ptr<Transport> forward, std::unique_ptr<Transport> backward,
                            int rank)
     : config_(std::move(config)),
       rank_(rank),
+      generation_(fork_generation()),
       forward_transport_(std::move(forward)),
       backward_transport_(std::move(backward)) {
   if (!forward_transport_) return;
@@ -40,11 +57,26 @@ Communicator::Communicator(BridgeConfig config, std::unique_ptr<Transport> forwa
 }
 
 Communicator::~Communicator() {
+  interrupt_check_ = nullptr;  // nothing may be thrown from here
   close(true);
+}
+
+bool Communicator::forked() const {
+  return generation_ != fork_generation();
+}
+
+void Communicator::abandon() {
+  closed_ = true;
+  // The threads that they would join are the parent's, and the connections are still in use there.
+  static_cast<void>(forward_.release());
+  static_cast<void>(backward_.release());
+  static_cast<void>(forward_transport_.release());
+  static_cast<void>(backward_transport_.release());
 }
 
 void Communicator::close(bool abort, const std::string& reason) {
   if (closed_) return;
+  if (forked()) return abandon();
   closed_ = true;
   if (!forward_) return;
   if (abort && !reason.empty()) {
@@ -52,18 +84,40 @@ void Communicator::close(bool abort, const std::string& reason) {
     forward_->give_up(reason, deadline);
     backward_->give_up(reason, deadline);
   }
-  if (abort) failure_.set(std::make_exception_ptr(BridgeError(where("close") + ": the bridge was closed")));
   const FlightRecorder::Blocked blocked(flight_, FlightCaller::In::kClose, true, 0, Times::now());
-  forward_->close();
-  backward_->close();
+  const auto fail = [this] {
+    failure_.set(std::make_exception_ptr(BridgeError(where("close") + ": the bridge was closed")));
+  };
+  std::exception_ptr interrupted;
+  if (abort) {
+    told_ = true;
+    fail();
+  }
+  for (Channel* channel : {forward_.get(), backward_.get()}) {
+    while (!channel->close_within(kInterruptPeriod)) {
+      if (interrupted || !interrupt_check_) continue;
+      try {
+        interrupt_check_();
+      } catch (...) {
+        interrupted = std::current_exception();
+        fail();
+      }
+    }
+  }
   forward_.reset();
   backward_.reset();
   forward_transport_.reset();
   backward_transport_.reset();
+  if (interrupted) std::rethrow_exception(interrupted);
+  if (failure_.failed() && !told_) {
+    told_ = true;
+    failure_.check();
+  }
 }
 
 void Communicator::leave() {
   if (closed_) return;
+  if (forked()) return abandon();
   closed_ = true;
   if (!forward_) return;
   forward_->abort_receives();
@@ -89,7 +143,14 @@ std::string Communicator::where(const char* operation) const {
   return "bridge '" + config_.name + "', rank " + std::to_string(rank_) + ": " + operation;
 }
 
+void Communicator::check_process(const char* operation) const {
+  if (!forked()) return;
+  throw BridgeError(where(operation) +
+                    ": the bridge belongs to the process that this one was forked off from; it cannot be used here");
+}
+
 void Communicator::check_open(bool needed, const char* operation, const char* role) const {
+  check_process(operation);
   if (closed_) throw BridgeError(where(operation) + ": the bridge is closed");
   failure_.check();
   if (!needed) {
@@ -138,6 +199,7 @@ std::shared_ptr<Delivery> Communicator::send_forward(const at::Tensor& x,
                                                      const RowShards& row_shards, bool want_delivery) {
   constexpr const char* kOperation = "send_forward";
   RECORD_USER_SCOPE("mimo_ext::send_forward");
+  const Telling telling(*this);
   check_open(is_source(), kOperation, "source");
   check_tensor(config_, x, config_.source.module, rank_, kOperation);
   try {
@@ -197,6 +259,7 @@ void Communicator::note_received(const std::shared_ptr<Delivery>& delivery) {
 
 std::shared_ptr<Delivery> Communicator::irecv_forward(const RowShards& row_shards, bool waits_soon) {
   RECORD_USER_SCOPE("mimo_ext::recv_forward");
+  const Telling telling(*this);
   auto expected = expected_forward(row_shards);
   auto delivery = forward_->recv(std::move(expected), waits_soon);
   note_received(delivery);
@@ -205,6 +268,7 @@ std::shared_ptr<Delivery> Communicator::irecv_forward(const RowShards& row_shard
 
 at::Tensor Communicator::recv_forward(const RowShards& row_shards) {
   RECORD_USER_SCOPE("mimo_ext::recv_forward.wait");
+  const Telling telling(*this);
   auto expected = expected_forward(row_shards);
   const std::int64_t began = Times::now();
   auto delivery =
@@ -241,6 +305,7 @@ core::Microbatch Communicator::microbatch_of_gradient(const at::Tensor& gradient
 std::shared_ptr<Delivery> Communicator::send_backward(const at::Tensor& gradient, bool want_delivery) {
   constexpr const char* kOperation = "send_backward";
   RECORD_USER_SCOPE("mimo_ext::send_backward");
+  const Telling telling(*this);
   check_open(is_destination(), kOperation, "destination");
   skip_without_backward();
   if (gradient.defined()) check_tensor(config_, gradient, config_.destination.module, rank_, kOperation);
@@ -288,6 +353,7 @@ void Communicator::note_backward_posted() {
 
 std::shared_ptr<Delivery> Communicator::irecv_backward(bool waits_soon) {
   RECORD_USER_SCOPE("mimo_ext::recv_backward");
+  const Telling telling(*this);
   auto expected = expected_backward();
   auto delivery = backward_->recv(std::move(expected), waits_soon);
   note_backward_posted();
@@ -296,6 +362,7 @@ std::shared_ptr<Delivery> Communicator::irecv_backward(bool waits_soon) {
 
 at::Tensor Communicator::recv_backward() {
   RECORD_USER_SCOPE("mimo_ext::recv_backward.wait");
+  const Telling telling(*this);
   auto expected = expected_backward();
   const std::int64_t began = Times::now();
   auto delivery =
@@ -330,7 +397,9 @@ at::Tensor Communicator::finish(Delivery& delivery, std::int64_t began) {
 at::Tensor Communicator::wait(Delivery& delivery) {
   static constexpr std::array<const char*, 4> kRanges{"mimo_ext::recv_backward.wait", "mimo_ext::recv_forward.wait",
                                                       "mimo_ext::send_backward.wait", "mimo_ext::send_forward.wait"};
+  check_process("wait");
   RECORD_USER_SCOPE(kRanges[(delivery.is_send() ? 2U : 0U) + (delivery.is_forward() ? 1U : 0U)]);
+  const Telling telling(*this);
   return finish(delivery, Times::now());
 }
 

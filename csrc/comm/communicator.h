@@ -75,7 +75,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::optional<core::Plan> last_plan() const;
 
   /// Waits for what is under way, then joins the threads and drops the transport. `abort`: does not wait; peers that
-  /// wait for this rank learn the `reason`, where there is one. Idempotent.
+  /// wait for this rank learn the `reason`, where there is one. Idempotent. Rethrows a failure that no operation has
+  /// told, and what the interrupt check throws: the rest then does not wait.
   void close(bool abort, const std::string& reason = {});
   bool closed() const { return closed_; }
 
@@ -88,15 +89,25 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void abort_sends();
 
  private:
+  /// While a caller is inside of an operation: notes that the failure has been told.
+  class Telling;
+
   void check_open(bool needed, const char* operation, const char* role) const;
   void wait_for_room(Channel& channel, bool is_forward, const char* operation);
+  void check_process(const char* operation) const;
+  /// True in a process that was forked off after the construction.
+  bool forked() const;
+  /// There: lets go of everything without touching it.
+  void abandon();
   std::string where(const char* operation) const;
 
   BridgeConfig config_;
   const int rank_;
+  const std::uint64_t generation_;
   std::unique_ptr<Transport> forward_transport_;
   std::unique_ptr<Transport> backward_transport_;  ///< null: the same as forward
   Failure failure_;
+  bool told_ = false;  ///< an operation has thrown the failure
   Counters forward_counters_;
   Counters backward_counters_;
   Trace trace_;

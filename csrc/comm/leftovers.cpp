@@ -1,6 +1,7 @@
 #include "comm/leftovers.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <thread>
 
@@ -9,9 +10,15 @@
 namespace mimo_ext::comm {
 
 Leftovers& Leftovers::instance() {
-  // Never destroyed: a thread may still hold its mutex when the process ends.
-  static auto* leftovers = new Leftovers;
-  return *leftovers;
+  // Never destroyed: a thread may still hold its mutex when the process ends. A forked child has its own: the threads
+  // are the parent's, and so is what they send.
+  static std::atomic<Leftovers*> current{new Leftovers};
+  Leftovers* found = current.load();
+  if (found->generation_ != fork_generation()) {
+    auto fresh = std::make_unique<Leftovers>();
+    if (current.compare_exchange_strong(found, fresh.get())) found = fresh.release();
+  }
+  return *found;
 }
 
 void Leftovers::add(std::shared_ptr<Communicator> communicator) {

@@ -7,6 +7,8 @@
 #include <mutex>
 #include <vector>
 
+#include "comm/fork.h"
+
 namespace mimo_ext::comm {
 
 class Communicator;
@@ -28,6 +30,7 @@ class Leftovers {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<std::shared_ptr<Communicator>> pending_;
+  const std::uint64_t generation_ = fork_generation();
 };
 
 }  // namespace mimo_ext::comm

@@ -12,7 +12,7 @@
 
 namespace mimo_ext::comm {
 
-/// What a transport throws from Request::wait; the channel adds who, what and when.
+/// What a transport throws from send(), recv() and Request::wait; the channel adds who, what and when.
 class TransportError : public std::runtime_error {
  public:
   TransportError(const std::string& what, bool timed_out) : std::runtime_error(what), timed_out_(timed_out) {}

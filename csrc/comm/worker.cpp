@@ -46,8 +46,19 @@ void Worker::close() {
     closed_ = true;
     thread.swap(thread_);
   }
-  changed_.notify_one();
+  changed_.notify_all();
   if (thread.joinable()) thread.join();
+}
+
+bool Worker::close_within(std::chrono::milliseconds limit) {
+  {
+    std::unique_lock lock(mutex_);
+    closed_ = true;
+    changed_.notify_all();
+    if (thread_.joinable() && !changed_.wait_for(lock, limit, [this] { return ended_; })) return false;
+  }
+  close();
+  return true;
 }
 
 void Worker::run() {
@@ -72,7 +83,11 @@ void Worker::run() {
       lock.lock();
     }
     urgent_ = false;
-    if (closed_) return;
+    if (closed_) {
+      ended_ = true;
+      changed_.notify_all();
+      return;
+    }
     if (!watching_ && std::chrono::steady_clock::now() - busy > kLinger) {
       asleep_ = true;
       changed_.wait(lock, [this] { return closed_ || urgent_ || !asleep_; });

@@ -42,6 +42,8 @@ class Worker {
   void watching(bool on);
   /// Runs what is queued, then joins. Later tasks are refused.
   void close();
+  /// Likewise, waiting up to `limit`; false where the thread still runs.
+  bool close_within(std::chrono::milliseconds limit);
 
  private:
   void run();
@@ -57,6 +59,7 @@ class Worker {
   bool watching_ = false;
   bool asleep_ = false;
   bool closed_ = false;
+  bool ended_ = false;  ///< the thread runs nothing any more
   std::thread thread_;
 };
 
