@@ -41,6 +41,7 @@ help:
 	@echo "make soak      ten minutes (SOAK_SECONDS) of random shapes, delays and layouts: is everything flat?"
 	@echo "make check-cuda          the CUDA kernels compile, link and load (skipped, and said so, without a toolkit)"
 	@echo "make check-properties   100,000 random layouts and 10,000 schedules: every property of plans, no deadlock"
+	@echo "make check-faults        ranks are killed, frozen or raise in every operation and role; the others must notice, twice"
 	@echo "make test      all tests: lint, C++, Python, distributed, Megatron"
 	@echo "make fuzz      headers, plans and row shards of any numbers, millions of them (needs clang with libFuzzer)"
 	@echo "make bench     the bridge against Megatron's own, on an emulated cluster (needs root): benchmarks/README.md"
@@ -131,6 +132,11 @@ check-sanitize: $(VENV)/.test
 .PHONY: soak
 soak: $(VENV)/.test $(VENV)/.built
 	PYTHONPATH=tests $(PY) -P -W ignore tests/soak/soak.py --seconds $(SOAK_SECONDS) --json out/soak.json
+# CASES: parts of the names of the cases to run, e.g. CASES="killed recv_forward". FAULTS_ARGS: see the program's --help.
+FAULTS_ARGS ?= --times 2
+.PHONY: check-faults
+check-faults: $(VENV)/.test $(VENV)/.built
+	PYTHONPATH=tests/faults $(PY) -P tests/faults/matrix.py --json out/faults/matrix.json $(FAULTS_ARGS) $(CASES)
 
 # PROPERTIES_ARGS: of tests/properties/main.cpp, e.g. PROPERTIES_ARGS="--cases 1000000 --seed 2".
 .PHONY: check-properties
