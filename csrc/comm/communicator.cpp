@@ -57,6 +57,10 @@ Communicator::Communicator(BridgeConfig config, std::unique_ptr<Transport> forwa
 }
 
 Communicator::~Communicator() {
+  if (forked()) {
+    abandon();
+    return;
+  }
   interrupt_check_ = nullptr;  // nothing may be thrown from here
   close(true);
 }
