@@ -51,6 +51,12 @@ void Request::interrupt() {
   }
 }
 
+void Request::probe() {
+  constexpr std::chrono::seconds kNotWaited{60};  // gloo would close the connection after a time that is too short
+  interrupt();
+  wait(kNotWaited);
+}
+
 C10dTransport::C10dTransport(c10::intrusive_ptr<c10d::ProcessGroup> group, const std::vector<int>& ranks)
     : group_(std::move(group)), backend_(group_->getBackend(c10::DeviceType::CPU)) {
   if (static_cast<int>(ranks.size()) != group_->getSize()) {

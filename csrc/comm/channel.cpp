@@ -150,8 +150,14 @@ void Channel::wait_for(Waiter& waiter, Request& request, FlightPhase phase, int 
       seconds << static_cast<double>(config_.timeout.count()) / 1000.0;
       throw BridgeTimeoutError(head + ": nothing within " + seconds.str() + " s");
     }
-    throw BridgeError(head + kConnectionBroke + error.what() + ")");
+    throw connection_broke(phase, peer, operation, sequence, error);
   }
+}
+
+BridgeError Channel::connection_broke(FlightPhase phase, int peer, const char* operation, std::int64_t sequence,
+                                      const TransportError& error) const {
+  return BridgeError(where(operation, sequence) + ": " + text_of(phase) + " rank " + std::to_string(peer) +
+                     kConnectionBroke + error.what() + ")");
 }
 
 Request Channel::post(bool sending, std::vector<at::Tensor>& tensor, int index, int peer, int kind,

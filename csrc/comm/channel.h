@@ -86,6 +86,8 @@ class Channel {
   /// Tells whoever waits for a header that none will come, and why; waits for that until `deadline` at most. After it
   /// nothing is sent. With static shapes nobody waits for headers: the end of the connections must tell.
   void give_up(const std::string& reason, std::chrono::steady_clock::time_point deadline);
+  /// The receive that is under way looks whether one of its peers has died. From any thread.
+  void nudge_receives() { receive_waiter_.nudge(); }
   /// Gives up the receives that are under way, and those only. From the thread that uses the channel.
   void abort_receives();
   /// Is a microbatch being sent?
@@ -127,7 +129,7 @@ class Channel {
   void end_receive(std::unique_ptr<ReceiveJob> job);
   /// Ends the delivery, well or not, or throws Interrupted.
   void run_receive(ReceiveJob& job, const std::function<void()>& poll);
-  void receive(ReceiveJob& job, const std::function<void()>& poll);
+  void receive(ReceiveJob& job, const std::function<void()>& caller);
   void receive_headers(ReceiveJob& job, const std::function<void()>& poll);
   void check_header(const Header& header, int peer, const ReceiveJob& job) const;
   /// What the headers describe. Posts the receives of the payload unless no sender has a gradient.
@@ -147,6 +149,9 @@ class Channel {
   std::size_t header_of(const Transfer& transfer) const;
   void check_announced(const ReceiveJob& job) const;
   void receive_payload(ReceiveJob& job, const std::function<void()>& poll);
+  /// Throws where a message has failed whose turn to be waited for has not come: its sender died while another one is
+  /// awaited, who may be busy for long.
+  void look_around(ReceiveJob& job) const;
   void deliver(ReceiveJob& job, at::Tensor tensor, std::shared_ptr<const core::Microbatch> microbatch);
   LocalItem take_local(std::int64_t sequence, const std::function<void()>& poll);
 
@@ -156,6 +161,8 @@ class Channel {
   /// Of operation `id` of the flight recorder.
   void wait_for(Waiter& waiter, Request& request, FlightPhase phase, int peer, std::uint64_t id, const char* operation,
                 std::int64_t sequence, const std::function<void()>& poll) const;
+  BridgeError connection_broke(FlightPhase phase, int peer, const char* operation, std::int64_t sequence,
+                               const TransportError& error) const;
   std::string where(const char* operation, std::int64_t sequence) const;
   const char* send_name() const;
   const char* recv_name() const;

@@ -276,7 +276,42 @@ void Channel::run_receive(ReceiveJob& job, const std::function<void()>& poll) {
   }
 }
 
-void Channel::receive(ReceiveJob& job, const std::function<void()>& poll) {
+void Channel::look_around(ReceiveJob& job) const {
+  const auto probe = [&](Request& request, FlightPhase phase, int peer) {
+    if (!request) return;
+    try {
+      request.probe();
+    } catch (const TransportError& error) {
+      failure_.check();
+      flight_.update(job.flight, phase, peer, Times::now());
+      throw connection_broke(phase, peer, recv_name(), job.sequence, error);
+    }
+  };
+  for (std::size_t index = job.parsed.size(); index < job.headers.size(); ++index) {
+    probe(job.headers[index].request, FlightPhase::kHeader, header_senders_[index].rank);
+  }
+  if (!job.incoming) return;
+  ReceiveProgram::Incoming& incoming = *job.incoming;
+  const auto& [stages, receives, lane_receives, lane_sends] = incoming.progress;
+  for (std::size_t index = receives; index < incoming.posted; ++index) {
+    probe(incoming.receives[index].request, FlightPhase::kPayload, job.program->receives[index].peer);
+  }
+  for (std::size_t index = lane_receives; index < job.program->lane_receives.size(); ++index) {
+    probe(incoming.lane_receives[index].request, FlightPhase::kLaneCopyFrom, job.program->lane_receives[index].peer);
+  }
+}
+
+void Channel::receive(ReceiveJob& job, const std::function<void()>& caller) {
+  struct {
+    const Channel& channel;
+    ReceiveJob& job;
+    const std::function<void()>& caller;
+  } nudged{*this, job, caller};
+  // One pointer: std::function allocates for more.
+  const std::function<void()> poll = [&nudged] {
+    nudged.channel.look_around(nudged.job);
+    if (nudged.caller) nudged.caller();
+  };
   if (meets_itself_ && !job.has_local) {
     flight_.update(job.flight, FlightPhase::kItself, transport_.rank(), Times::now());
     job.local = take_local(job.sequence, poll);
@@ -384,6 +419,8 @@ Channel::LocalItem Channel::take_local(std::int64_t sequence, const std::functio
       lock.unlock();
       try {
         poll();
+      } catch (const BridgeError&) {
+        throw;
       } catch (...) {
         throw Interrupted{std::current_exception()};
       }

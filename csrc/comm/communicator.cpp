@@ -387,6 +387,7 @@ at::Tensor Communicator::finish(Delivery& delivery, std::int64_t began) {
   }
   while (!delivery.wait_for(kInterruptPeriod)) {
     if (interrupt_check_) interrupt_check_();
+    if (!delivery.is_send() && forward_) (delivery.is_forward() ? *forward_ : *backward_).nudge_receives();
   }
   at::Tensor tensor = delivery.take();
   if (delivery.is_send()) return tensor;

@@ -38,6 +38,8 @@ class Request {
   bool wait(std::chrono::milliseconds timeout);
   /// Makes a wait that is under way, or comes next, return soon.
   void interrupt();
+  /// Throws TransportError where the message has failed, without waiting. By the thread that waits.
+  void probe();
 
  private:
   c10::intrusive_ptr<c10d::Work> work_;

@@ -28,6 +28,8 @@ void Waiter::wait(Request& request, std::chrono::steady_clock::time_point began,
     if (poll) {
       try {
         poll();
+      } catch (const BridgeError&) {
+        throw;
       } catch (...) {
         throw Interrupted{std::current_exception()};
       }

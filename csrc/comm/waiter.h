@@ -6,6 +6,7 @@
 #include <functional>
 #include <mutex>
 
+#include "comm/errors.h"
 #include "comm/transport.h"
 
 namespace mimo_ext::comm {
@@ -19,7 +20,7 @@ struct Interrupted {
 class Waiter {
  public:
   /// Returns when the message is complete. Throws TransportError, at the latest `timeout` after `began`. `poll` is
-  /// called after each nudge; where it throws, Interrupted is thrown.
+  /// called after each nudge; where it throws anything but a BridgeError, Interrupted is thrown.
   void wait(Request& request, std::chrono::steady_clock::time_point began, std::chrono::milliseconds timeout,
             const std::function<void()>& poll);
   /// From any thread: lets a wait that is under way call its poll.

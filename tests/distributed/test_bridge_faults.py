@@ -210,6 +210,44 @@ def test_a_peer_that_dies_is_named(dies, when):
     assert not any("did not finish in time" in error for error in outcome.errors.values()), outcome.errors
 
 
+def dies_behind_a_busy_one(rank: int, world_size: int, kind: str, static: bool) -> tuple[str, float]:
+    bridge = mimo_ext.Bridge(
+        Layout([0, 1], dp=2, name="images"),
+        Layout([2], name="language"),
+        ndim=2,
+        shape=(8, 2) if static else None,
+        timeout=timedelta(seconds=20),
+    )
+    for _ in range(2):
+        bridge.send_forward(torch.ones(4, 2)) if bridge.is_source else bridge.recv_forward()
+    dist.barrier()
+    start = time.monotonic()
+    if rank == 1:
+        time.sleep(0.5)
+        os._exit(7)
+    if rank == 0:
+        time.sleep(4)  # computes, while rank 2 waits for its header or payload first
+        bridge.close(abort=True)
+        return "", 0.0
+    receive = bridge.recv_forward if kind == "blocking" else bridge.irecv_forward().wait
+    with pytest.raises(mimo_ext.BridgeError) as caught:
+        receive()
+    elapsed = time.monotonic() - start
+    bridge.close(abort=True)
+    return str(caught.value), elapsed
+
+
+@pytest.mark.parametrize(("kind", "static"), [("blocking", False), ("blocking", True), ("handle", False)])
+def test_a_peer_that_dies_while_another_is_awaited_is_noticed_at_once(kind, static):
+    outcome = run_ranks(dies_behind_a_busy_one, 3, kind, static, timeout=40)
+    assert outcome.exitcodes[1] == 7
+    assert outcome.results[2] is not None, outcome.errors
+    message, elapsed = outcome.results[2]
+    what = "payload" if static else "header"
+    assert f"rank 2: recv_forward of microbatch 2: {what} from rank 1: the connection broke" in message
+    assert 0.4 < elapsed < 2.5
+
+
 def silent_peer(rank: int, world_size: int) -> str | None:
     bridge = mimo_ext.Bridge(
         Layout([0], name="images"), Layout([1], name="language"), ndim=2, timeout=timedelta(seconds=1.5)
