@@ -132,6 +132,7 @@ check-sanitize: $(VENV)/.test
 .PHONY: soak
 soak: $(VENV)/.test $(VENV)/.built
 	PYTHONPATH=tests $(PY) -P -W ignore tests/soak/soak.py --seconds $(SOAK_SECONDS) --json out/soak.json
+
 # CASES: parts of the names of the cases to run, e.g. CASES="killed recv_forward". FAULTS_ARGS: see the program's --help.
 FAULTS_ARGS ?= --times 2
 .PHONY: check-faults
