@@ -366,8 +366,16 @@ def one_never_connects(rank: int, world_size: int, folder: str) -> str:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/w", rank=rank, world_size=world_size, timeout=timedelta(seconds=2)
     )
+    made = []
+
+    def die(*args) -> None:
+        made.append(args)
+        if len(made) == 2:  # both directions
+            time.sleep(0.5)  # the other rank has them as well
+            os._exit(7)
+
     if rank == 1:
-        _groups._say_connected = lambda *_: os._exit(7)
+        _groups._say_connected = die
     with pytest.raises(RuntimeError) as caught:
         make(timeout=timedelta(seconds=1))
     return str(caught.value)

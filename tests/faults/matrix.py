@@ -148,7 +148,9 @@ class Ranks:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self.pid(rank), signal.SIGKILL)
             multiprocessing.connection.wait([process.sentinel])
-            self.exit_code(rank)
+            with _multiprocessing:
+                process.join()
+                process.close()
         for pipe in self.pipes:
             pipe.close()
 
