@@ -290,6 +290,9 @@ void Channel::look_around(ReceiveJob& job) const {
   for (std::size_t index = job.parsed.size(); index < job.headers.size(); ++index) {
     probe(job.headers[index].request, FlightPhase::kHeader, header_senders_[index].rank);
   }
+  for (std::size_t index = 0; index < job.eager.size(); ++index) {
+    probe(job.eager[index].request, FlightPhase::kPayload, header_senders_[index].rank);
+  }
   if (!job.incoming) return;
   ReceiveProgram::Incoming& incoming = *job.incoming;
   const auto& [stages, receives, lane_receives, lane_sends] = incoming.progress;
