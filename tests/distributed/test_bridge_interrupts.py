@@ -43,7 +43,7 @@ def interrupted(call: Callable[[], object]) -> None:
     threading.Timer(AFTER_S, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         call()
-    assert AFTER_S - 0.1 < time.monotonic() - start < AFTER_S + 1.5
+    assert AFTER_S - 0.1 < time.monotonic() - start < AFTER_S + 5  # timeouts are much longer
 
 
 def in_handles(rank: int, world_size: int) -> None:
