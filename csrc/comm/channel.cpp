@@ -14,8 +14,7 @@ namespace {
 constexpr std::size_t kPrograms = 4;
 
 /// Nobody can tell these apart from here.
-constexpr const char* kConnectionBroke =
-    ": the connection broke: the peer is gone, or gave up after an error of its own, which it reports (";
+constexpr const char* kConnectionBroke = ": the peer is gone, or gave up and broke the connection (";
 
 template <typename Program>
 std::shared_ptr<Program> find(const std::vector<std::shared_ptr<Program>>& programs, const core::Microbatch& microbatch,

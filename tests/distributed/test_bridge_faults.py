@@ -244,7 +244,7 @@ def test_a_peer_that_dies_while_another_is_awaited_is_noticed_at_once(kind, stat
     assert outcome.results[2] is not None, outcome.errors
     message, elapsed = outcome.results[2]
     what = "payload" if static else "header"
-    assert f"rank 2: recv_forward of microbatch 2: {what} from rank 1: the connection broke" in message
+    assert f"rank 2: recv_forward of microbatch 2: {what} from rank 1: the peer is gone, " in message
     assert 0.4 < elapsed < 2.5
 
 

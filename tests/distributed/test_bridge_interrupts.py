@@ -100,7 +100,7 @@ def in_close(rank: int, world_size: int) -> None:
     else:
         dist.barrier()
         with pytest.raises(
-            mimo_ext.BridgeError, match=r"rank 1: recv_forward of microbatch 0: .* rank 0: the connection"
+            mimo_ext.BridgeError, match=r"rank 1: recv_forward of microbatch 0: .* rank 0: the peer is gone"
         ):
             bridge.recv_forward()
         bridge.close()

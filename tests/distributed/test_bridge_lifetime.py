@@ -156,7 +156,7 @@ def test_close_tells_once_of_what_did_not_arrive(how: str) -> None:
     outcome = run_ranks(peer_dies, 2, how)
     assert outcome.exitcodes[1] == 7
     assert outcome.results[0] is not None, outcome.errors
-    expected = r"bridge 'images -> language', rank 0: .* of microbatch 0: \w+ (to|from) rank 1: the connection broke: "
+    expected = r"bridge 'images -> language', rank 0: .* of microbatch 0: \w+ (to|from) rank 1: the peer is gone, "
     assert re.match(expected, outcome.results[0]), outcome.results[0]
 
 
