@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import pytest
 import tiny_mimo
 import torch
 from launch import launch
@@ -224,6 +225,11 @@ def both_ways(rank: int, world_size: int, variants: list[Variant]) -> None:
             for name in folded.names:
                 factor = float(folded.optimizer.pending_factor(name))
                 assert abs(factor - variant.factors[name]) <= ULP * factor, message((name, factor))
+            trainable = [p for module, _ in folded.pairs for p in module.parameters() if p.requires_grad]
+            if trainable:  # what another backward pass adds
+                trainable[-1].main_grad.add_(1.0)
+                with pytest.raises(RuntimeError, match="expected gradients as they were finalized"):
+                    folded.optimizer.prepare_grads()
 
 
 def test_training_equals_an_explicit_correction_to_a_rounding() -> None:
