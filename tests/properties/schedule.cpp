@@ -33,6 +33,7 @@ const auto kFields = [](auto& schedule, const auto& visit) {
   visit("ndim", schedule.ndim);
   visit("rows", schedule.rows);
   visit("element", schedule.element);
+  visit("hidden", schedule.hidden);
   visit("path", schedule.path);
   visit("chunks", schedule.chunks);
   visit("chunk_bytes", schedule.chunk_bytes);
@@ -133,7 +134,7 @@ class Model {
     setting.chunks = schedule_.chunks;
     setting.chunk_bytes = schedule_.chunk_bytes;
     setting.links = schedule_.links;
-    setting.hidden = 2;
+    setting.hidden = schedule_.hidden;
     return setting;
   }
 
@@ -301,7 +302,8 @@ std::string Schedule::to_string() const {
 
 bool Schedule::valid() const {
   const std::size_t count = modules();
-  if (count < 1 || count > 9 || microbatches < 1 || steps < 1 || element < 1 || chunks < 1 || chunk_bytes < 1) {
+  if (count < 1 || count > 9 || microbatches < 1 || steps < 1 || element < 1 || hidden < 1 || chunks < 1 ||
+      chunk_bytes < 1) {
     return false;
   }
   for (const auto* list : {&tp, &cp, &pp, &sp, &slack}) {
@@ -435,7 +437,8 @@ Schedule draw_schedule(std::uint64_t seed, std::uint64_t index) {
   schedule.forward_only = random.once_in(6) ? 1 : 0;
   schedule.ndim = random(2, 3);
   schedule.rows = random(0, 1'000'000);
-  schedule.element = random.one_of({1, 2, 40'000, 400'000});
+  schedule.element = random.one_of({1, 2, 64});
+  schedule.hidden = random.one_of({2, 2, 600, 6000});
   schedule.path = random(0, 3);
   schedule.chunks = random.one_of({1, 2, 8});
   schedule.chunk_bytes = random.one_of({1, 4, 65536});

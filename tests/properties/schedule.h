@@ -33,6 +33,7 @@ struct Schedule {
   std::int64_t ndim = 3;
   std::int64_t rows = 0;  ///< seed of the rows of each microbatch (2-D)
   std::int64_t element = 1;
+  std::int64_t hidden = 2;
   std::int64_t path = 0;
   std::int64_t chunks = 8;
   std::int64_t chunk_bytes = 65536;

@@ -335,7 +335,12 @@ Setting draw(std::uint64_t seed, std::uint64_t index) {
     setting.shards = random(1, 2);
     setting.dealt = random(0, 1'000'000);
   }
-  setting.element = random.one_of({1, 2, 4, 20'000, 40'000, 400'000});
+  setting.element = random.one_of({1, 2, 4, 8, 64});
+  // Messages of many bytes, which are not packed together, go ahead in part, and wait for their turn.
+  if (random.once_in(16)) {
+    setting.element = 64;
+    setting.hidden = random.one_of({64, 300});
+  }
   setting.path = random.one_of({0, 0, 1, 1, 2, 3});
   setting.chunks = random.one_of({1, 2, 3, 8, 8});
   setting.chunk_bytes = random.one_of({1, 2, 8, 65536});

@@ -43,7 +43,7 @@ struct Setting {
   std::vector<std::int64_t> rows;  ///< of each sample of a 2-D tensor
   std::int64_t told = 0;           ///< bit l: source lane l tells the rows of its samples; else they are all equal
   std::int64_t fixed = 0;          ///< static shapes: nothing but payload travels
-  std::int64_t element = 1;        ///< bytes; large ones make large messages of few elements
+  std::int64_t element = 1;        ///< bytes
   std::int64_t path = 0;           ///< a core::Path
   std::int64_t chunks = 8;
   std::int64_t chunk_bytes = 65536;
