@@ -101,7 +101,7 @@ def leave_the_first_world() -> None:
 HEADER = (
     f"{STEPS} steps in fp32, largest relative difference of a weight to one process; 'change' is relative to what\n"
     "training changed, 'norm' the difference of the gradients' norm\n\n"
-    f"  {'case':<42} {'encoders -> language':<26} {'loss':<11} {'mb':>2} {'optimizer':<32} "
+    f"  {'case':<47} {'encoders -> language':<26} {'loss':<11} {'mb':>2} {'optimizer':<32} "
     f"{'weight':>8} {'change':>8} {'norm':>8} {'s':>5}"
 )
 
@@ -109,7 +109,7 @@ HEADER = (
 def row(case: Case, found: Any, seconds: float, wrong: str) -> str:
     norm = f"{found.norm:8.1e}" if "mimo" in case.optimizer else f"{'-':>8}"
     return (
-        f"  {case.name:<42} {case.layout:<26} {case.loss:<11} {case.microbatches:>2} {case.trained_by:<32} "
+        f"  {case.name:<47} {case.layout:<26} {case.loss:<11} {case.microbatches:>2} {case.trained_by:<32} "
         f"{found.weight:8.1e} {found.change:8.1e} {norm} {seconds:5.1f}  {'ok' if not wrong else 'WRONG ' + wrong}"
     )
 
