@@ -31,10 +31,8 @@ SUBSET = [
     "colocated, sp",
     "equal, folded",
     "two encoders, cp 2, folded",
-    "only the projection trained, folded",
-    "empty step, folded",
     "distributed optimizer, cp 2, folded",
-    "colocated, two encoders, folded",
+    "colocated, sp, folded",
 ]
 
 
