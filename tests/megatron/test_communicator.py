@@ -330,6 +330,7 @@ def test_axes_that_are_only_assumed_are_named_once_where_they_matter(
     assert ours.logger.name == "mimo_ext.megatron.communicator"
 
 
+@pytest.mark.leaks  # the profiler keeps a thread
 def test_the_operations_are_named_in_a_profile(worlds: Any) -> None:
     world = worlds(1)
     names = ["recv_forward", "send_forward", "send_forward_recv_backward", "send_backward_recv_forward"]
