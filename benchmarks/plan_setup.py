@@ -216,10 +216,12 @@ def run_ranks(repeats: int) -> list[tuple[list[dict[str, Any]], Usage, Usage]]:
             process.join(10.0)
         return results
     finally:
-        for process, _ in ranks:
+        for process, pipe in ranks:
             if process.is_alive():
                 process.kill()
             process.join()
+            process.close()
+            pipe.close()
 
 
 def _answer(pipe: Any) -> tuple[bool, Any]:
