@@ -83,6 +83,7 @@ class Report:
     error: str = ""
     text: str = ""
     operation: str = ""
+    back_at: float = 0.0  # when it had done what kept it busy; 0 where nothing did
     raised_at: float = 0.0
     closed_at: float = 0.0
     threads_left: list[str] = field(default_factory=list)
@@ -109,6 +110,7 @@ class Training:
         self.storages: list[int] = []
         self.doing = "nothing yet"
         self.noticed_at = 0.0
+        self.back_at = 0.0
 
     def rows(self, microbatch: int) -> int:
         return 4096 if self.case.static else 3000 + 517 * microbatch + 100 * self.lane
@@ -191,6 +193,7 @@ class Training:
         if self.side != OPERATIONS[self.case.operation]:
             self.doing = "something else"
             time.sleep(BUSY_S)
+            self.back_at = time.monotonic()
         for step in after:
             self.step(*step)
         for microbatch in (3, 4):
@@ -270,7 +273,7 @@ def rank_main(case: Case, rank: int, folder_name: str, pipe: Connection) -> None
     except BaseException as error:
         report.error, report.text = type(error).__name__, str(error)
         report.raised_at = training.noticed_at or time.monotonic()
-        report.operation = training.doing
+        report.operation, report.back_at = training.doing, training.back_at
         traceback.print_exc(file=log)
         traceback.clear_frames(error.__traceback__)
         raise SystemExit(1) from None

@@ -70,6 +70,7 @@ def judged(report: Report | None, code: int = 1, rank: int = 2, case: Case = CAS
         ({"error": "", "text": ""}, "expected a BridgeError, got none"),
         ({"error": "ValueError"}, "expected a BridgeError, got ValueError"),
         ({"raised_at": 100.0 + LIMITS["killed"] + 0.1}, "raised after 2.10 s, expected at most 2"),
+        ({"raised_at": 103.0, "back_at": 100.9}, "raised after 2.10 s, expected at most 2"),
         ({"text": GOOD.text.replace("images -> language", "another")}, "does not name the edge"),
         ({"text": GOOD.text.replace("recv_forward", "something")}, "names no operation"),
         ({"text": GOOD.text.replace("of microbatch 1", "")}, "names no microbatch"),
