@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import weakref
@@ -558,6 +559,13 @@ class Bridge:
 
     def __repr__(self) -> str:
         return f"Bridge({self.name}: {self._source} | {self._destination}; ndim={self.ndim}, {self.dtype})"
+
+
+# For help() and inspect: what is given is what __init__ takes, though __new__ is asked first.
+_of_init = inspect.signature(Bridge.__init__)
+Bridge.__signature__ = _of_init.replace(  # type: ignore[attr-defined]
+    parameters=[each for name, each in _of_init.parameters.items() if name != "self"]
+)
 
 
 class _BridgeFunction(torch.autograd.Function):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from launch import launch
 
@@ -82,6 +83,7 @@ def test_a_seed_gives_the_same_training_on_shared_ranks_as_on_ranks_of_their_own
     assert pairs == {(a, b) for lane in ((0, 1), (2, 3)) for a in lane for b in lane}
 
 
+@pytest.mark.leaks  # matplotlib keeps its fonts open
 def test_the_picture_shows_each_module_on_its_ranks(tmp_path: Path) -> None:
     from vlm_digits.layout import parse_layout
     from vlm_digits.report import History, Transfer, draw

@@ -285,5 +285,5 @@ def test_the_command_refuses_what_is_no_dump(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_the_command_stands_in_the_help_of_the_package() -> None:
-    run = subprocess.run([sys.executable, "-m", "mimo_ext", "--help"], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-P", "-m", "mimo_ext", "--help"], capture_output=True, text=True, check=True)
     assert "which rank waits for which" in run.stdout
