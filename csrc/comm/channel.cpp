@@ -72,7 +72,7 @@ Channel::Channel(const BridgeConfig& config, Transport& transport, Failure& fail
     }
   }
   if (is_receiver()) {
-    eager_bytes_ = eager_bytes_of(config_, static_cast<int>(header_senders_.size()));
+    eager_bytes_ = eager_bytes_of(config_, sender_.num_lanes(), receiver_.num_lanes());
     eager_.resize(header_senders_.size());
   }
   failure_.on_failure([this] {

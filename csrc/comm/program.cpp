@@ -92,8 +92,8 @@ void write_part(const Transfer& transfer, const at::Tensor& result, const at::Te
   ops::unpack_(result, buffer, transfer.starts, transfer.sizes, transfer.contribution > 0);
 }
 
-std::int64_t eager_bytes_of(const BridgeConfig& config, int sender_lanes) {
-  return config.fixed ? 0 : eager_bytes_of(sender_lanes);
+std::int64_t eager_bytes_of(const BridgeConfig& config, int sender_lanes, int receiver_lanes) {
+  return config.fixed ? 0 : eager_bytes_of(sender_lanes, receiver_lanes);
 }
 
 SendProgram::SendProgram(const BridgeConfig& config, const Transport& transport, const core::Microbatch& of,

@@ -136,7 +136,7 @@ class ReceiveProgram : public ReceiveOrder {
   Pool<Incoming> pool_;
 };
 
-/// How many bytes a sender lane's header may be followed by unasked, for a receiver that `sender_lanes` lanes send to.
-std::int64_t eager_bytes_of(const BridgeConfig& config, int sender_lanes);
+/// As below, and none where no headers are sent.
+std::int64_t eager_bytes_of(const BridgeConfig& config, int sender_lanes, int receiver_lanes);
 
 }  // namespace mimo_ext::comm

@@ -128,11 +128,9 @@ void mark_announced(std::vector<Transfer>& transfers, int element_size,
 
 }  // namespace
 
-std::int64_t eager_bytes_of(int sender_lanes) {
-  constexpr std::int64_t kAllSenders = 4 * Header::kMaxEagerBytes;  // what a receiver sets aside for a microbatch
-  constexpr std::int64_t kLeast = 16384;                            // less does not pay for a message
-  const std::int64_t bytes = std::min(Header::kMaxEagerBytes, kAllSenders / sender_lanes / 16 * 16);
-  return bytes < kLeast ? 0 : bytes;
+std::int64_t eager_bytes_of(int sender_lanes, int receiver_lanes) {
+  // What several lanes begin with at once would collide at a card; without it they take turns there.
+  return sender_lanes == receiver_lanes ? Header::kMaxEagerBytes : 0;
 }
 
 SendOrder send_order(const core::Plan& plan, int rank, std::pair<int, int> place, bool headers) {
@@ -148,9 +146,7 @@ SendOrder send_order(const core::Plan& plan, int rank, std::pair<int, int> place
   mark_announced(order.transfers, plan.microbatch().element_size, [&](const Transfer& transfer) {
     const int member = plan.receiver().find(transfer.peer).second;
     if (member % plan.sender().lane_size() != place.second) return std::int64_t{-1};
-    const auto [first, last] =
-        core::Plan::lanes_met(transfer.receiver_lane, plan.receiver().num_lanes(), plan.sender().num_lanes());
-    return eager_bytes_of(last - first);
+    return eager_bytes_of(plan.sender().num_lanes(), plan.receiver().num_lanes());
   });
   for (std::size_t index = 0; index < order.transfers.size(); ++index) {
     const Transfer& transfer = order.transfers[index];
@@ -175,7 +171,7 @@ ReceiveOrder receive_order(const core::Plan& plan, int rank, std::pair<int, int>
     const int teller = place.second % plan.sender().lane_size();
     const auto [first, last] =
         core::Plan::lanes_met(place.first, plan.receiver().num_lanes(), plan.sender().num_lanes());
-    const std::int64_t most = eager_bytes_of(last - first);
+    const std::int64_t most = eager_bytes_of(plan.sender().num_lanes(), plan.receiver().num_lanes());
     mark_announced(receives, plan.microbatch().element_size, [&](const Transfer& transfer) {
       return plan.sender().find(transfer.peer).second == teller ? most : std::int64_t{-1};
     });

@@ -72,7 +72,7 @@ struct ReceiveOrder {
 SendOrder send_order(const core::Plan& plan, int rank, std::pair<int, int> place, bool headers);
 ReceiveOrder receive_order(const core::Plan& plan, int rank, std::pair<int, int> place, bool headers);
 
-/// How many bytes a sender lane's header may be followed by unasked, for a receiver that `sender_lanes` lanes send to.
-std::int64_t eager_bytes_of(int sender_lanes);
+/// How many bytes a header may be followed by unasked, between modules of so many lanes.
+std::int64_t eager_bytes_of(int sender_lanes, int receiver_lanes);
 
 }  // namespace mimo_ext::comm

@@ -85,6 +85,7 @@ void find_header_peers(const core::Boundary& sender, const core::Boundary& recei
     orders.first_sender_lane = first;
     for (int lane = first; lane < last; ++lane) {
       const auto& members = sender.lanes[static_cast<std::size_t>(lane)];
+      orders.eager_bytes = comm::eager_bytes_of(sender.num_lanes(), receiver.num_lanes());
       orders.headers_from.push_back(members[static_cast<std::size_t>(receiver_member % sender.lane_size())]);
     }
   }
@@ -303,7 +304,7 @@ void Simulator::post_receive(Channel& channel) {
 
 void Simulator::post_eager(Channel& channel) {
   const std::vector<int>& senders = channel.orders->headers_from;
-  if (comm::eager_bytes_of(static_cast<int>(senders.size())) == 0) return;
+  if (channel.orders->eager_bytes == 0) return;
   channel.eager.resize(senders.size());
   ++channel.headers_expected;
   for (std::size_t index = 0; index < senders.size(); ++index) {

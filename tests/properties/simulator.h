@@ -50,6 +50,7 @@ struct ChannelOrders {
   std::int64_t window = 0;  ///< elements of receives that are posted at a time where senders take turns; 0: all
   std::int64_t in_flight = 32;
   std::vector<int> headers_to;    ///< ranks
+  std::int64_t eager_bytes = 0;   ///< that may follow a header unasked
   std::vector<int> headers_from;  ///< one per sender lane that is met; may be this rank
   int first_sender_lane = 0;      ///< of those
   bool meets_itself = false;
