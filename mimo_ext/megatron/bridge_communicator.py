@@ -15,12 +15,13 @@ from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicat
 from megatron.core.pipeline_parallel.bridge_communicator import CommRole, RankCommInfo
 
 from mimo_ext import Bridge, BridgeError, Layout
+from mimo_ext._arguments import checked_ints
 from mimo_ext._setup import Setup, refuse_bridge
 from mimo_ext.megatron.adapters import SPLIT_SIZES_ATTRIBUTE, is_single_shape
 from mimo_ext.megatron.topology import DEFAULT_DIM_MAPPING, GridShape, check_dim_mapping
 from mimo_ext.planning.links import Links
 
-__all__ = ["BridgeCommunicator", "CommRole", "RankCommInfo", "default_device"]
+__all__ = ["BridgeCommunicator", "CommRole", "RankCommInfo", "default_device", "device_of"]
 
 
 class BridgeCommunicator(_MegatronBridge):
@@ -111,7 +112,7 @@ class BridgeCommunicator(_MegatronBridge):
         try:
             options = self._check_arguments()
             self._layouts = _layout(source, src_grid), _layout(destination, dest_grid)
-            options["device"] = torch.device(device) if device is not None else default_device()
+            options["device"] = device_of(device)
         except Exception as error:
             if setup is None:
                 refuse_bridge(name, error)  # the others are told: they would wait for this rank
@@ -287,18 +288,19 @@ class BridgeCommunicator(_MegatronBridge):
         where = f"bridge '{self.bridge.name}', rank {self.current_rank}: {operation}"
         if not self.is_current_rank_in_grid(grid):
             first, end = grid.rank_offset, grid.rank_offset + grid.size
-            raise ValueError(f"{where}: expected a rank of the {side} grid, [{first}, {end})")
+            got = f"got rank {self.current_rank}"
+            raise ValueError(f"{where}: expected a rank of the {side} grid, [{first}, {end}), {got}")
         if self.bridge.closed:
             raise BridgeError(f"{where}: the bridge is closed")
 
     def _rows(self, tensor: Any, row_counts: Sequence[int] | None) -> list[int] | None:
         """Rows per sample of a 2-D output, given or marked on it."""
-        given = None if row_counts is None else [int(rows) for rows in row_counts]
+        where = f"bridge '{self.bridge.name}', rank {self.current_rank}: send_forward"
+        given = None if row_counts is None else checked_ints(where, "row_counts", row_counts)
         marked = getattr(tensor, SPLIT_SIZES_ATTRIBUTE, None)
         if marked is None or (self.tensor_ndim == 3 and given is not None):
             return given  # the bridge refuses row counts of 3-D tensors
-        marked = [int(rows) for rows in marked]
-        where = f"bridge '{self.bridge.name}', rank {self.current_rank}: send_forward"
+        marked = checked_ints(where, SPLIT_SIZES_ATTRIBUTE, marked)
         if self.tensor_ndim == 3:
             # The batch axis is cut by samples. Marks that say so, too, are fine.
             if len(set(marked)) > 1:
@@ -364,6 +366,16 @@ def default_device() -> torch.device:
     if "nccl" in dist.get_backend() and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def device_of(device: Any) -> torch.device:
+    """The device of that name, `default_device` for None. TypeError for what names none."""
+    if device is None:
+        return default_device()
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise TypeError(f"device: expected a torch.device or the name of one, got {device!r}") from None
 
 
 def _layout(name: str, grid: Any) -> Layout:

@@ -6,6 +6,7 @@ Every function here that makes a process group is collective over the world: all
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -65,14 +66,28 @@ def build_hypercomm_grids(mimo_parallelism_config: MimoParallelismConfig, backen
 
     Returns:
         Module name -> grid, in the order of the config.
+
+    Raises:
+        ValueError: a module without ``data_parallel_size``, or with expert sizes that do not divide its ranks; by
+            name, before any group is made.
     """
     # Fetched now, not at import: programs replace the class.
     from megatron.core.hyper_comm_grid import HyperCommGrid
 
     if backend is None:
         backend = dist.get_backend() if dist.is_initialized() else "nccl"
+    modules = mimo_parallelism_config.module_parallelisms
+    experts: dict[str, int] = {}
+    for name, sizes in modules.items():
+        try:
+            experts[name] = sizes.expert_data_parallel_size
+        except ValueError as error:
+            raise ValueError(
+                f"module '{name}': expected sizes that finalize() has checked, got data_parallel_size="
+                f"{sizes.data_parallel_size}: {error}"
+            ) from None
     grids: dict[str, Any] = {}
-    for name, sizes in mimo_parallelism_config.module_parallelisms.items():
+    for name, sizes in modules.items():
         grid = HyperCommGrid(
             shape=[
                 sizes.tensor_model_parallel_size,
@@ -89,7 +104,7 @@ def build_hypercomm_grids(mimo_parallelism_config: MimoParallelismConfig, backen
             shape=[
                 sizes.expert_tensor_parallel_size,
                 sizes.expert_model_parallel_size,
-                sizes.expert_data_parallel_size,
+                experts[name],
                 sizes.pipeline_model_parallel_size,
             ],
             dim_names=["expt_tp", "ep", "expt_dp", "pp"],
@@ -121,6 +136,8 @@ def populate_embedding_and_position_groups(
         ``(pos_embd_pg, embd_pg)`` of the current rank, None for a group that it is not in.
 
     Raises:
+        TypeError, ValueError: something else than rank lists or a process group; a pipeline without ranks, or with
+            ranks that the world does not have. No group has been made then.
         RuntimeError: with a process group whose ranks have not made equally many groups before; torch would give the
             new group another name on each of them, and they would wait for each other.
     """
@@ -129,6 +146,8 @@ def populate_embedding_and_position_groups(
     pipelines = _rank_lists(pp_group)
     if pipelines is None:
         return _groups_of_one_pipeline(pp_group)
+    for index, ranks in enumerate(pipelines):
+        _check_pipeline(index, ranks)
     pos_embd_pg, embd_pg = None, None
     for ranks in pipelines:
         position_ranks, embedding_ranks = _embedding_ranks(ranks)
@@ -142,10 +161,29 @@ def populate_embedding_and_position_groups(
     return pos_embd_pg, embd_pg
 
 
+def _check_pipeline(index: int, ranks: Any) -> None:
+    """Refuse what are no ranks of one pipeline, before the other ranks wait in the making of a group."""
+    where = f"rank {dist.get_rank()}: embedding groups: pipeline {index}"
+    try:
+        ranks = [operator.index(rank) for rank in ranks]
+    except TypeError:
+        raise TypeError(f"{where}: expected a list of ranks, got {ranks!r} ({type(ranks).__name__})") from None
+    if not ranks:
+        raise ValueError(f"{where}: expected one rank or more, got none")
+    world_size = dist.get_world_size() if dist.is_initialized() else None
+    if isinstance(world_size, int) and not all(0 <= rank < world_size for rank in ranks):
+        raise ValueError(f"{where}: expected ranks of the world (0..{world_size - 1}), got {ranks}")
+
+
 def _rank_lists(pp_group: Any) -> list[list[int]] | None:
     """The argument as rank lists, or None where it is a process group (of torch, a wrapper or a fake)."""
     if isinstance(pp_group, dist.ProcessGroup):
         return None
+    if isinstance(pp_group, (int, str, float)):
+        raise TypeError(
+            f"rank {dist.get_rank()}: embedding groups: expected the rank lists of all pipelines or a process group, "
+            f"got {pp_group!r} ({type(pp_group).__name__})"
+        )
     try:
         return list(pp_group)
     except TypeError:

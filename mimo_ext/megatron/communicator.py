@@ -26,7 +26,7 @@ from megatron.core.pipeline_parallel.multimodule_communicator import (
 from mimo_ext import Bridge, Layout
 from mimo_ext._setup import Setup
 from mimo_ext.megatron.adapters import _prepare_tensor_for_comm, _restore_tensor_from_comm
-from mimo_ext.megatron.bridge_communicator import BridgeCommunicator, default_device
+from mimo_ext.megatron.bridge_communicator import BridgeCommunicator, device_of
 from mimo_ext.megatron.hop import Shape, StageCommunicator
 from mimo_ext.megatron.pipeline_hooks import PipelineHooks
 from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY
@@ -132,11 +132,10 @@ class MultiModulePipelineCommunicator(PipelineHooks, _MegatronCommunicator):
         self.topology = topology
         self.config = config
         self.dim_mapping = dim_mapping
-        self.module_output_ndim = module_output_ndim or {}
+        self.module_output_ndim = {} if module_output_ndim is None else module_output_ndim
         self.current_rank = dist.get_rank()
         self.timeout = timeout
         self._path, self._link_model = path, links
-        self.device = torch.device(device) if device is not None else default_device()
         self.bridge_comms: list[BridgeCommunicator] = []
         self.rank_module_map: dict[str, RankModuleInfo] = {}
         self._hops: dict[tuple[str, int], Bridge] = {}  # (module, stage) -> bridge from that stage to the next
@@ -150,6 +149,7 @@ class MultiModulePipelineCommunicator(PipelineHooks, _MegatronCommunicator):
         self._setup = setup = Setup("MultiModulePipelineCommunicator")
         refusal: Exception | None = None
         try:
+            self.device = device_of(device)
             self._check_arguments()
             if model is not None:
                 self.bind(model)
@@ -172,8 +172,10 @@ class MultiModulePipelineCommunicator(PipelineHooks, _MegatronCommunicator):
     # -- construction ----------------------------------------------------------------------------------------------
 
     def _check_arguments(self) -> None:
-        self._axes = dict(self.dim_mapping) if self.dim_mapping is not None else dict(DEFAULT_DIM_MAPPING)
-        check_dim_mapping(self._axes)
+        self._axes = dict(DEFAULT_DIM_MAPPING)
+        if self.dim_mapping is not None:
+            check_dim_mapping(self.dim_mapping)
+            self._axes = dict(self.dim_mapping)
         self._grids = check_modules(self.module_to_grid_map, self.topology, dist.get_world_size())
         check_output_ndim(self.module_output_ndim, self._grids)
         for name, grid in self.module_to_grid_map.items():
@@ -181,6 +183,8 @@ class MultiModulePipelineCommunicator(PipelineHooks, _MegatronCommunicator):
         dtype = getattr(self.config, "pipeline_dtype", None) or getattr(self.config, "params_dtype", None)
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"config.pipeline_dtype: expected a torch.dtype, got {dtype!r}")
+        if self._sharded_delivery not in (None, True, False):
+            raise TypeError(f"sharded_delivery: expected True, False or None, got {self._sharded_delivery!r}")
         self._dtype = dtype
 
     def _describe(self) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY
 
@@ -71,11 +74,15 @@ class ModuleParallelismConfig:
 
         Raises:
             ValueError: a size is not positive, an offset negative, or something does not divide.
+            TypeError: a size, the offset or the number of ranks is no whole number.
         """
         self._check_positive(_MODEL_PARALLEL_FIELDS)
+        _check_whole("rank_offset", self.rank_offset)
         if self.rank_offset < 0:
             raise ValueError(f"rank_offset must be non-negative, got {self.rank_offset}.")
         if self.data_parallel_size is None:
+            if world_size is not None:
+                _check_whole("world_size", world_size)
             if world_size is None or world_size <= 0:
                 raise ValueError(f"world_size must be provided to compute data_parallel_size, got {world_size}.")
             if world_size % self.dense_model_parallel_size:
@@ -90,6 +97,8 @@ class ModuleParallelismConfig:
     def _check_positive(self, names: tuple[str, ...]) -> None:
         for name in names:
             value = getattr(self, name)
+            if value is not None:
+                _check_whole(name, value)
             if value is None or value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}.")
 
@@ -101,6 +110,17 @@ class ModuleParallelismConfig:
                 f"TP={self.tensor_model_parallel_size}, CP={self.context_parallel_size}, DP={data_parallel_size}, "
                 f"ETP={self.expert_tensor_parallel_size}, EP={self.expert_model_parallel_size}."
             )
+
+
+def _check_whole(name: str, value: Any) -> None:
+    """TypeError unless it is a whole number; a bool is none."""
+    try:
+        if not isinstance(value, bool):
+            operator.index(value)
+            return
+    except TypeError:
+        pass
+    raise TypeError(f"{name}: expected an int, got {value!r} ({type(value).__name__})")
 
 
 @dataclass
@@ -142,13 +162,21 @@ class MimoParallelismConfig:
         Raises:
             ValueError: no language module; a module's own sizes are wrong; ranges overlap in part or leave a gap;
                 an encoder asks for expert parallelism.
+            TypeError: ``module_parallelisms`` is no dict of sizes; a module's sizes are no whole numbers.
         """
+        if not isinstance(self.module_parallelisms, Mapping):
+            raise TypeError(
+                "module_parallelisms: expected a dict, module name -> ModuleParallelismConfig, got "
+                f"{self.module_parallelisms!r}"
+            )
         if MIMO_LANGUAGE_MODULE_KEY not in self.module_parallelisms:
             raise ValueError(
                 f"Language module '{MIMO_LANGUAGE_MODULE_KEY}' must be in module_parallelisms. "
                 f"Found modules: {self.module_names}. The language module has this fixed key."
             )
         for name, parallelism in self.module_parallelisms.items():
+            if not hasattr(parallelism, "finalize"):
+                raise TypeError(f"module '{name}': expected a ModuleParallelismConfig, got {parallelism!r}")
             if parallelism.data_parallel_size is None and not self._may_fill_in_data_parallel():
                 raise ValueError(
                     f"data_parallel_size must be set for every module; world_size must be provided to compute "
@@ -156,8 +184,8 @@ class MimoParallelismConfig:
                 )
             try:
                 parallelism.finalize(world_size)
-            except ValueError as error:
-                raise ValueError(f"module '{name}': {error}") from error
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"module '{name}': {error}") from error
         self._check_ranges(world_size)
         self._check_dense_encoders()
 

@@ -33,7 +33,7 @@ def wrap_mimo_model_distributed(
         ``mimo_model`` itself.
 
     Raises:
-        ValueError: there are grids, but none for the language model of this rank.
+        ValueError: there are grids, but none for the language model of this rank; ``ddp_config`` is None.
         AttributeError: a modality has no part with a ``config``, which DDP needs for its bucket sizes.
     """
     # Fetched now, not at import: programs replace the class.
@@ -42,6 +42,11 @@ def wrap_mimo_model_distributed(
     options: dict[str, Any] = {"disable_bucketing": True} if disable_bucketing else {}
 
     def wrap(module: Any, config: Any, name: str) -> Any:
+        if ddp_config is None:
+            raise ValueError(
+                f"Rank {dist.get_rank()}, module '{name}': ddp_config: expected a DistributedDataParallelConfig, got "
+                "None."
+            )
         return DistributedDataParallel(
             config=config, ddp_config=ddp_config, module=module, pg_collection=pg_collections[name], **options
         )

@@ -209,9 +209,10 @@ def install(exclude: Iterable[str] = (), overlap: bool = False) -> Installation:
     Raises:
         ImportError: megatron-core cannot be imported.
         ValueError: a nested call with another `exclude`, or with `overlap` where the outermost had none.
+        TypeError: `exclude` is neither a name nor a collection of names; nothing was replaced then.
     """
     global _active, _depth
-    exclude = frozenset([exclude] if isinstance(exclude, str) else exclude)
+    exclude = _names_of(exclude)
     _import_ours()
     with _lock:
         if _active is not None:
@@ -236,6 +237,16 @@ def install(exclude: Iterable[str] = (), overlap: bool = False) -> Installation:
         _depth = 1
     logger.info("mimo_ext.megatron.install(): %s", made)
     return made
+
+
+def _names_of(exclude: Any) -> frozenset[str]:
+    try:
+        names = [exclude] if isinstance(exclude, str) else list(exclude)
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError
+    except TypeError:
+        raise TypeError(f"exclude: expected names of modules, got {exclude!r} ({type(exclude).__name__})") from None
+    return frozenset(names)
 
 
 def uninstall() -> list[str]:

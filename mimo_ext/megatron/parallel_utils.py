@@ -26,6 +26,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads 
 from megatron.core.models.mimo import MimoModel
 from megatron.core.utils import get_model_config
 
+from mimo_ext._arguments import checked_int
 from mimo_ext.megatron.role import MIMO_LANGUAGE_MODULE_KEY
 
 logger = logging.getLogger(__name__)
@@ -161,8 +162,14 @@ def finalize_model_grads_multimodule(
     Raises:
         RuntimeError: with ``overlap_grad_reduce``: the last microbatch gave a module of several buckets no gradients.
             With ``fold_into``: no step has taken the factors of the finalization before.
-        TypeError: ``fold_into`` takes no factors.
+        TypeError: ``fold_into`` takes no factors; ``num_tokens`` is no tensor.
+        ValueError: a module of this rank has a grid that is none of ``infra``'s: nobody would reduce its gradients.
     """
+    if num_tokens is not None and not isinstance(num_tokens, torch.Tensor):
+        raise TypeError(
+            f"Rank {dist.get_rank()}: num_tokens: expected a 0-d integer tensor or None, got {num_tokens!r} "
+            f"({type(num_tokens).__name__})"
+        )
     if fold_into is not None:
         if not hasattr(fold_into, "set_pending_factors"):
             raise TypeError(
@@ -173,14 +180,24 @@ def finalize_model_grads_multimodule(
     language_grid = infra.module_to_grid_map.get(MIMO_LANGUAGE_MODULE_KEY)
     per_token = num_tokens is not None and language_grid is not None
 
-    finalized: list[tuple[str, Any, Any]] = []
-    pending: dict[str, Any] = {}
+    mine: list[tuple[str, Any, Any]] = []
     for module, grid in module_to_grid_tuple:
         if module is None or not is_current_rank_in_grid(grid):
             continue
         name = next((n for n, known in infra.module_to_grid_map.items() if known is grid), None)
+        if name is None:
+            raise ValueError(
+                f"Rank {dist.get_rank()}, module_to_grid_tuple: expected grids of infra.module_to_grid_map (the same "
+                f"objects, of {sorted(infra.module_to_grid_map)}), got another one with a {type(module).__name__}: the "
+                "gradients of that module would not be reduced. Give get_module_to_grid_tuple this very infra."
+            )
+        mine.append((name, module, grid))
+
+    finalized: list[tuple[str, Any, Any]] = []
+    pending: dict[str, Any] = {}
+    for name, module, grid in mine:
         groups = infra.pg_collections.get(name)
-        if name is None or groups is None:
+        if groups is None:
             continue
         # The language module's own finalization sums num_tokens over its ranks and divides by the total. Encoder ranks
         # have counted nothing yet; they get the total below.
@@ -350,10 +367,15 @@ def validate_no_stub_ranks(module_to_grid_map: dict[str, Any], world_size: int) 
     """Check that every rank runs a module.
 
     Raises:
-        ValueError: names the ranks that run none.
+        ValueError: names the ranks that run none, or a module with ranks that are not there.
     """
     used: set[int] = set()
-    for grid in module_to_grid_map.values():
+    for name, grid in module_to_grid_map.items():
+        if grid.rank_offset < 0 or grid.rank_offset + grid.size > world_size:
+            raise ValueError(
+                f"Module '{name}': expected ranks of the world, 0..{world_size - 1}, got ranks [{grid.rank_offset}, "
+                f"{grid.rank_offset + grid.size})."
+            )
         used.update(range(grid.rank_offset, grid.rank_offset + grid.size))
     idle = sorted(set(range(world_size)) - used)
     if idle:
@@ -376,7 +398,15 @@ def validate_data_loader_contract(
 
     Raises:
         ValueError: names the number, the module and its DP size.
+        TypeError: a number that is not whole.
     """
+    numbers = {
+        "global_batch_size": global_batch_size,
+        "micro_batch_size": micro_batch_size,
+        "num_microbatches": num_microbatches,
+    }
+    for name, number in numbers.items():
+        checked_int("data loaders", name, number, 1)
     samples = num_microbatches * micro_batch_size
     if samples != global_batch_size:
         raise ValueError(

@@ -91,6 +91,7 @@ class RankRole:
 
         Raises:
             ValueError: the keys are not the expected names.
+            TypeError: something in the map is no grid.
             RuntimeError: the current rank lies in no grid.
         """
         expected = set(modality_module_names) | {MIMO_LANGUAGE_MODULE_KEY}
@@ -101,6 +102,7 @@ class RankRole:
                 f"expected {sorted(expected)}, got {sorted(got)}. Missing: {sorted(expected - got)}, extra: "
                 f"{sorted(got - expected)}."
             )
+        _check_grids(module_to_grid_map)
         mode = ModuleLayout.COLOCATED if _language_shares_ranks(module_to_grid_map) else ModuleLayout.NON_COLOCATED
         return cls(modules=_stages_of_rank(module_to_grid_map), mode=mode)
 
@@ -159,6 +161,17 @@ class RankRole:
     def is_last_stage(self, module_name: str) -> bool:
         """Whether this rank is in the last PP stage of the module; False where it does not run it."""
         return module_name in self.modules and self.modules[module_name].is_last_stage
+
+
+def _check_grids(module_to_grid_map: Mapping[str, Any]) -> None:
+    """TypeError where an object says nothing of its ranks."""
+    for name, grid in module_to_grid_map.items():
+        missing = [attribute for attribute in ("rank_offset", "size") if not hasattr(grid, attribute)]
+        if missing:
+            raise TypeError(
+                f"Rank {dist.get_rank()}, module '{name}': expected a grid, got {type(grid).__name__} without "
+                f"{', '.join(missing)}."
+            )
 
 
 def _language_shares_ranks(module_to_grid_map: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from mimo_ext._arguments import checked_ints
 from mimo_ext.megatron.adapters import (
     SPLIT_SIZES_ATTRIBUTE,
     _prepare_tensor_for_comm,
@@ -35,6 +36,9 @@ class Input:
     posts_ahead: bool = True  # False: what a receive states is known only when the schedule asks for it
     destination: str = ""  # the module that it comes to
     sharded: bool = False  # the model says which rows it takes, when it runs
+    # Shapes of what was received and waits for its gradient; not of sharded rows, which come when the model runs.
+    waiting: deque[torch.Size] = field(default_factory=deque)
+    gradients_ahead: int = 0  # sent before the inputs that they belong to were received
 
 
 @dataclass
@@ -140,6 +144,8 @@ class StageIO:
             sharded = not source.is_hop and source.key in modules and source.destination == destination
             if sharded != source.sharded:
                 source.sharded, source.posts_ahead = sharded, not sharded
+                source.waiting.clear()
+                source.gradients_ahead = 0
                 self._activations[index] = self._receives(
                     source.bridge, source.bridge.irecv_forward, source.key, "activation", source.posts_ahead
                 )
@@ -176,6 +182,14 @@ class StageIO:
                 tensor = restored
                 self._check_shape(tensor, tensor_shape, source.key)
             tensors[source.key] = tensor
+        for source in self._inputs:
+            tensor = tensors[source.key]
+            if source.sharded or not tensor.requires_grad:  # not: one side runs under torch.no_grad()
+                continue
+            if source.gradients_ahead:
+                source.gradients_ahead -= 1
+            else:
+                source.waiting.append(tensor.shape)
         return tensors
 
     def send_forward(
@@ -249,9 +263,12 @@ class StageIO:
         """Send the gradients of all inputs of this stage; None says that there is none."""
         grads = [self._entry(grad_dict, source.key, "grad_dict", self._input_keys) for source in self._inputs]
         for source, grad in zip(self._inputs, grads, strict=True):
-            if grad is not None and not isinstance(grad, torch.Tensor):
-                raise TypeError(f"{self._where(source.key)}: expected a gradient or None, got {type(grad).__name__}")
+            self._check_gradient(grad, source)
         for source, grad in zip(self._inputs, grads, strict=True):
+            if source.waiting:
+                source.waiting.popleft()
+            elif not source.sharded:
+                source.gradients_ahead += 1
             source.bridge.send_backward(_prepare_tensor_for_comm(grad) if source.is_hop else grad)
             self._count_send(source.bridge, 1)
 
@@ -329,6 +346,22 @@ class StageIO:
         if tensor.device.type != self._device.type:
             raise ValueError(f"{where}: expected an output on {self._device}, got one on {tensor.device}")
 
+    def _check_gradient(self, grad: Any, source: Input) -> None:
+        where = self._where(source.key)
+        if grad is None:
+            return
+        if not isinstance(grad, torch.Tensor):
+            raise TypeError(f"{where}: expected a gradient or None, got {type(grad).__name__}")
+        if grad.dtype != self._dtype:
+            raise TypeError(f"{where}: expected a gradient of {self._dtype} (config.pipeline_dtype), got {grad.dtype}")
+        if grad.device.type != self._device.type:
+            raise ValueError(f"{where}: expected a gradient on {self._device}, got one on {grad.device}")
+        shape = source.waiting[0] if source.waiting else None
+        if shape is not None and grad.shape != shape:
+            raise ValueError(
+                f"{where}: expected a gradient of its input's shape {tuple(shape)}, got {tuple(grad.shape)}"
+            )
+
     def _given_row_counts(self, row_counts: Any) -> dict[str, list[int]]:
         """`row_counts=` of a send, for modules of this rank that send something."""
         if row_counts is None:
@@ -338,7 +371,11 @@ class StageIO:
         unknown = sorted(str(name) for name in row_counts if name not in self._output_keys)
         if unknown:
             raise ValueError(f"rank {self._rank}: expected row_counts with keys of {self._output_keys}, got {unknown}")
-        return {name: [int(rows) for rows in counts] for name, counts in row_counts.items() if counts is not None}
+        return {
+            name: checked_ints(self._where(name), "row_counts", counts)
+            for name, counts in row_counts.items()
+            if counts is not None
+        }
 
     def _take_row_counts(
         self,
@@ -355,7 +392,7 @@ class StageIO:
                 )
             return None
         marked = getattr(tensor, SPLIT_SIZES_ATTRIBUTE, None)
-        counts = None if marked is None else [int(rows) for rows in marked]
+        counts = None if marked is None else checked_ints(self._where(output.module), SPLIT_SIZES_ATTRIBUTE, marked)
         if given is not None:
             if counts is not None and counts != given:
                 raise ValueError(
@@ -365,7 +402,7 @@ class StageIO:
             counts = given
         queue = None if queues is None else queues.get(output.module)
         if queue:
-            queued = [int(rows) for rows in queue.popleft()]
+            queued = checked_ints(self._where(output.module), "model.row_counts", queue.popleft())
             if counts is not None and counts != queued:
                 said = "row_counts" if given is not None else "an output marked"
                 raise RuntimeError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,19 +38,25 @@ class GridShape:
         """Read `rank_offset`, `size`, `shape` and `dim_names` of any object.
 
         Raises:
-            TypeError: `grid` lacks one of the four attributes.
+            TypeError: `grid` lacks one of the four attributes, or has others than whole numbers in them.
             ValueError: they contradict one another.
         """
         missing = [name for name in ("rank_offset", "size", "shape", "dim_names") if not hasattr(grid, name)]
         if missing:
             raise TypeError(f"module {module}: expected a grid, got {type(grid).__name__} without {', '.join(missing)}")
-        shape = tuple(int(extent) for extent in grid.shape)
-        dim_names = tuple(str(name) for name in grid.dim_names)
+        try:
+            shape = tuple(operator.index(extent) for extent in grid.shape)
+            offset, size = operator.index(grid.rank_offset), operator.index(grid.size)
+            dim_names = tuple(str(name) for name in grid.dim_names)
+        except TypeError:
+            raise TypeError(
+                f"module {module}: expected a grid of whole numbers, got rank_offset={grid.rank_offset!r}, "
+                f"size={grid.size!r}, shape={grid.shape!r}, dim_names={grid.dim_names!r}"
+            ) from None
         if len(shape) != len(dim_names) or len(set(dim_names)) != len(dim_names) or any(n < 1 for n in shape):
             raise ValueError(
                 f"module {module}: expected one positive size per distinct dim, got shape {shape} of dims {dim_names}"
             )
-        offset, size = int(grid.rank_offset), int(grid.size)
         if size != math.prod(shape):
             raise ValueError(f"module {module}: expected a size of {math.prod(shape)} for shape {shape}, got {size}")
         if offset < 0:
@@ -139,10 +146,15 @@ def check_modules(
     """Convert the grids and refuse what cannot be run, naming modules, expected and got.
 
     Raises:
-        TypeError: an object that is no grid.
+        TypeError: an object that is no grid, no dict of grids or no dict of lists of modules.
         ValueError: topology and grids name different modules, an unknown destination, a cycle, a grid larger than the
             world, modules on common ranks one of which has PP > 1 or which receive from one and the same module.
     """
+    check_mapping("module_to_grid_map", module_to_grid_map, "module name -> grid")
+    check_mapping("topology", topology, "module name -> list of the modules downstream")
+    for name, downstream in topology.items():
+        if isinstance(downstream, str) or not isinstance(downstream, Sequence):
+            raise TypeError(f"topology: module {name}: expected a list of modules, got {downstream!r}")
     if not module_to_grid_map:
         raise ValueError("module_to_grid_map: expected at least one module, got none")
     grids = {name: GridShape.from_grid(name, grid) for name, grid in module_to_grid_map.items()}
@@ -175,9 +187,16 @@ def _check_overlap(first: GridShape, second: GridShape, topology: Mapping[str, S
         )
 
 
+def check_mapping(what: str, given: Any, expected: str) -> None:
+    """TypeError unless it is a dict, or anything like one."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what}: expected a dict, {expected}, got {given!r} ({type(given).__name__})")
+
+
 def check_dim_mapping(dim_mapping: Mapping[str, int]) -> None:
-    """ValueError unless 's', 'b' and 'h' are a permutation of the axes 0, 1, 2."""
-    if set(dim_mapping) != set(DEFAULT_DIM_MAPPING) or sorted(dim_mapping.values()) != [0, 1, 2]:
+    """TypeError unless it is a dict, ValueError unless 's', 'b' and 'h' are a permutation of the axes 0, 1, 2."""
+    check_mapping("dim_mapping", dim_mapping, "'s', 'b' and 'h' -> axis")
+    if set(dim_mapping) != set(DEFAULT_DIM_MAPPING) or set(dim_mapping.values()) != {0, 1, 2}:
         raise ValueError(
             f"dim_mapping: expected 's', 'b' and 'h' on the axes 0, 1 and 2, one each, got {dict(dim_mapping)}"
         )
@@ -206,7 +225,8 @@ def warn_of_assumed_axes(
 
 
 def check_output_ndim(module_output_ndim: Mapping[str, int], modules: Mapping[str, Any]) -> None:
-    """ValueError unless every named module exists and has 2 or 3 dimensions."""
+    """TypeError unless it is a dict, ValueError unless every named module exists and has 2 or 3 dimensions."""
+    check_mapping("module_output_ndim", module_output_ndim, "module name -> 2 or 3")
     for name, ndim in module_output_ndim.items():
         if name not in modules:
             raise ValueError(f"module_output_ndim: expected modules among {sorted(modules)}, got {name!r}")

@@ -142,12 +142,17 @@ def test_each_module_is_finalized_over_its_own_groups(world):
     assert world.finalize.call_args_list[0].kwargs["num_tokens"] is tokens
 
 
-def test_modules_are_found_by_the_identity_of_their_grid(world):
+def test_modules_are_found_by_the_identity_of_their_grid(world, as_rank):
+    as_rank(1)
     infra = world.build(Grid(0, dp=2), Grid(4, dp=2))
-    stranger = mock_module()
-    utils.finalize_model_grads_multimodule(
-        None, infra=infra, module_to_grid_tuple=[(stranger, Grid(0, dp=2)), (None, infra.module_to_grid_map["images"])]
-    )
+    mine, stranger = infra.module_to_grid_map["images"], Grid(0, dp=2)
+    # Equal is not the same: this module's gradients would be left as they are, without a word.
+    with pytest.raises(ValueError, match=r"expected grids of infra.* got another one with a MagicMock"):
+        utils.finalize_model_grads_multimodule(
+            None, infra=infra, module_to_grid_tuple=[(mock_module(), mine), (mock_module(), stranger)]
+        )
+    world.finalize.assert_not_called()
+    utils.finalize_model_grads_multimodule(None, infra=infra, module_to_grid_tuple=[(None, stranger), (None, mine)])
     world.finalize.assert_not_called()
 
 
