@@ -12,13 +12,15 @@ the wrong ranks, scaled wrongly or of other samples is further off by far.
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -112,10 +114,26 @@ class Comparison:
         """The parameter whose gradient is furthest off."""
         return max(self.gradient_errors.items(), key=lambda item: item[1])
 
+    def take_worse(self, other: Comparison) -> None:
+        """Of both the larger differences."""
+        self.loss_error = _worse(self.loss_error, other.loss_error)
+        for name, error in other.gradient_errors.items():
+            self.gradient_errors[name] = _worse(self.gradient_errors.get(name, 0.0), error)
+
     @property
     def agrees(self) -> bool:
         """Whether losses and gradients agree within the tolerance."""
         return self.loss_error <= self.loss_tolerance and self.worst_gradient[1] <= self.gradient_tolerance
+
+
+def _worse(one: float, other: float) -> float:
+    """The larger one; none is worse than what is no number."""
+    return other if math.isnan(other) or other > one else one
+
+
+def _file_of(folder: str, rank: int) -> Path:
+    """What a rank has found, as JSON."""
+    return Path(folder) / f"comparison_{rank}.json"
 
 
 def check_layouts(seed: int = 0, layouts: tuple[str, ...] = LAYOUTS, steps: int = STEPS) -> int:
@@ -205,8 +223,10 @@ def compare(
     ranks = parse_layout(layout).world_size
     with tempfile.TemporaryDirectory(prefix="vlm_digits_ranks_") as own:
         _start(_layout_rank, ranks, (own, layout, str(folder), seed, steps, prepare, run or Run()), timeout)
-        found: Comparison = torch.load(Path(own) / "comparison.pt", weights_only=False)
-    return found
+        found = [Comparison(**json.loads(_file_of(own, rank).read_text())) for rank in range(ranks)]
+    for other in found[1:]:
+        found[0].take_worse(other)
+    return found[0]
 
 
 def check_recipe(seed: int, run: Run | None = None) -> Any:
@@ -283,7 +303,7 @@ def _layout_rank(
     from .trainer import Trainer
 
     _join(rank, ranks, own)
-    recorded = torch.load(Path(folder) / "reference.pt")
+    recorded = torch.load(Path(folder) / "reference.pt", weights_only=True)
     expected = recorded[run.dtype]
     found = Comparison(bf16=run.dtype == "bf16")
     with cpu():
@@ -299,16 +319,10 @@ def _layout_rank(
             _compare_gradients(trainer.model, expected["gradients"][step], found.gradient_errors)
             loss = trainer.mean_loss([result])
             found.losses.append(loss)
-            found.loss_error = max(found.loss_error, abs(loss / expected["losses"][step] - 1.0))
+            found.loss_error = _worse(found.loss_error, abs(loss / expected["losses"][step] - 1.0))
             trainer.update()
         trainer.close()
-    everyone: list[Any] = [None] * ranks
-    dist.all_gather_object(everyone, found.gradient_errors)
-    for errors in everyone:
-        for name, error in errors.items():
-            found.gradient_errors[name] = max(error, found.gradient_errors.get(name, 0.0))
-    if rank == 0:
-        torch.save(found, Path(own) / "comparison.pt")
+    _file_of(own, rank).write_text(json.dumps(asdict(found)))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -318,7 +332,7 @@ def _compare_gradients(model: Any, expected: dict[str, torch.Tensor], errors: di
 
     for name, parameter, part in matching_shards(model, expected):
         error = float((parameter.main_grad - part).norm() / part.norm())
-        errors[name] = max(error, errors.get(name, 0.0))
+        errors[name] = _worse(errors.get(name, 0.0), error)
 
 
 def _join(rank: int, ranks: int, folder: str) -> None:

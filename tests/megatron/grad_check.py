@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from grad_cases import CASES, STEPS, Case, is_frozen
+from grad_reference import Trained
 from launch import launch
 
 TOLERANCE = 1e-5  # of a weight, relative to the largest of its tensor; also of the gradients' norm
@@ -51,7 +52,7 @@ def reference_rank(rank: int, world_size: int, cases: list[Case], folder: str) -
     distinct = list({case.reference: case for case in cases}.values())
     for case in distinct[rank::world_size]:
         trained = reference(case)
-        torch.save(trained, Path(folder) / f"{case.reference}.pt")
+        trained.save(Path(folder) / f"{case.reference}.pt")
         check_reference(case, trained)
 
 
@@ -75,7 +76,7 @@ def worker(rank: int, world_size: int, cases: list[Case], folder: str, show: boo
         if rank >= case.world_size:
             continue
         started = time.monotonic()
-        expected = torch.load(Path(folder) / f"{case.reference}.pt", weights_only=False)
+        expected = Trained.load(Path(folder) / f"{case.reference}.pt")
         found = compare_on_ranks(case, expected, rank, f"{folder}/rendezvous_{case.name}")
         missing = set(expected.initial) - found.seen
         wrong = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ import grad_reference
 import tiny_mimo
 import torch
 import torch.distributed as dist
+from exchange import all_gather_json
 from grad_cases import STEPS, TOKENS, Case, is_frozen, lane, microbatch, modality_inputs, specs
 
 TIMEOUT_S = 60.0
@@ -55,8 +56,7 @@ def compare_on_ranks(case: Case, expected: grad_reference.Trained, rank: int, re
         norms = [ranks.step(step) for step in range(STEPS)]
         mine = difference(case, ranks.model, expected, norms)
         ranks.close()
-    everyone: list[Any] = [None] * case.world_size
-    dist.all_gather_object(everyone, mine)
+    everyone = [Difference(**found) for found in all_gather_json(asdict(mine) | {"seen": sorted(mine.seen)})]
     dist.barrier()
     dist.destroy_process_group()
     worst = max(everyone, key=lambda d: d.weight)

@@ -11,6 +11,7 @@ No schedule, DDP, bridge or finalization takes part; the optimizers are torch's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,6 +36,13 @@ class Trained:
     initial: dict[str, torch.Tensor]
     final: dict[str, torch.Tensor]
     norms: list[float]
+
+    def save(self, path: Path) -> None:
+        torch.save(vars(self), path)
+
+    @classmethod
+    def load(cls, path: Path) -> Trained:
+        return cls(**torch.load(path, weights_only=True))
 
 
 def reference(case: Case) -> Trained:

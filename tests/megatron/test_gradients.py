@@ -1,6 +1,6 @@
 """Gradients of a MimoModel on real ranks against the same model in one process.
 
-The tensors between the modules are carried by hand (all_gather_object), so that only the Megatron layer is under test.
+The tensors between the modules are carried by hand, as lists of numbers, so that only the Megatron layer is under test.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny_mimo
 import torch
-import torch.distributed as dist
+from exchange import all_gather_json
 from launch import launch
 
 SAMPLES, MICROBATCHES = 4, 2
@@ -54,6 +54,11 @@ def reference_rank(rank: int, world_size: int, language_dp: int) -> dict[str, An
         return tiny_mimo.arrays({"weights": dict(model.named_parameters()), "gradients": gradients})
 
 
+def tensors_of(rows: list[list[list[float]]]) -> list[torch.Tensor]:
+    """[rows, h] of each sample."""
+    return [torch.tensor(sample, dtype=torch.float32).view(len(sample), tiny_mimo.HIDDEN) for sample in rows]
+
+
 def carried_step(model: Any, name: str, lane: int, lanes: dict[str, int], m: int, per_token: bool) -> torch.Tensor:
     """Forward and backward of one microbatch; returns this rank's number of tokens."""
     data = tiny_mimo.take(microbatch(m), *share(lane, lanes[name]))
@@ -61,33 +66,34 @@ def carried_step(model: Any, name: str, lane: int, lanes: dict[str, int], m: int
         out = tiny_mimo.forward(model, data)["images"]
         # One line per sample: the language model's lanes may cut the samples elsewhere.
         rows = out.detach().split(list(model.row_counts["images"][-1]))
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (share(lane, lanes[name])[0], rows))
-        dist.all_gather_object(everyone, None)
+        all_gather_json((share(lane, lanes[name])[0], [sample.tolist() for sample in rows]))
+        everyone = all_gather_json(None)
         start, end = share(lane, lanes[name])
         gradients = torch.zeros_like(out)
         for entry in everyone:
             if entry is None:
                 continue
             first, grads = entry
-            for sample, gradient in enumerate(grads, first):
+            for sample, gradient in enumerate(tensors_of(grads), first):
                 if start <= sample < end:
                     offset = sum(len(r) for r in rows[: sample - start])
                     gradients[offset : offset + len(gradient)] = gradient
         out.backward(gradients)
         return torch.zeros((), dtype=torch.int)
 
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, None)
+    everyone = all_gather_json(None)
     start, end = share(lane, lanes[name])
-    received = {sample: rows for entry in everyone if entry for sample, rows in enumerate(entry[1], entry[0])}
+    received = {
+        sample: rows for entry in everyone if entry for sample, rows in enumerate(tensors_of(entry[1]), entry[0])
+    }
     rows = [received[sample] for sample in range(start, end)]
     leaf = torch.cat(rows).requires_grad_()
     model.set_input_tensor([{"images": leaf}])
     losses = tiny_mimo.forward(model, data) * data["loss_mask"]
     tokens = data["loss_mask"].sum()
     (losses.sum() if per_token else losses.sum() / tokens / MICROBATCHES).backward()
-    dist.all_gather_object(everyone, (start, leaf.grad.split([len(r) for r in rows])))
+    assert leaf.grad is not None
+    all_gather_json((start, [sample.tolist() for sample in leaf.grad.split([len(r) for r in rows])]))
     return tokens.int() if per_token else torch.zeros((), dtype=torch.int)
 
 

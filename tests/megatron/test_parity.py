@@ -29,7 +29,7 @@ def assert_equals_one_process(found: Comparison, reference: Path, steps: int) ->
     assert found.loss_error <= TOLERANCE
     assert found.first_layer_error <= TOLERANCE
     assert found.worst_gradient[1] <= TOLERANCE, found.worst_gradient
-    everything = torch.load(reference / "reference.pt")["fp32"]["gradients"][0]
+    everything = torch.load(reference / "reference.pt", weights_only=True)["fp32"]["gradients"][0]
     assert set(found.gradient_errors) == set(everything)  # no parameter of either module was left out
 
 
