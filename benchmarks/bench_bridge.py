@@ -22,8 +22,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P
 
 from busy import BUSY_LIMIT, MachineBusy, Usage, machine_usage, other_share, process_usage
-from cases import FAMILIES, KIB, LAYOUTS, METHODS, Case, select
-from emulation import EmulatedCluster, EmulationUnavailable
+from cases import FAMILIES, KIB, LAYOUTS, METHODS, Case, by_cluster, select
+from emulation import EmulatedCluster, EmulationUnavailable, Loopback
 from ranks import RankFailed, RankPool, rank_pool
 from records import Measurement, measurement, slower, table, write_json
 from released import ReleasedUnavailable, require_released
@@ -132,12 +132,10 @@ def run(cases: Sequence[Case], repeats: int, ignore_busy: bool) -> list[Measurem
         MachineBusy: other work disturbed a case `ATTEMPTS` times.
     """
     measurements: list[Measurement] = []
-    remaining = list(cases)
-    while remaining:
-        first = remaining[0]
-        same = [case for case in remaining if case.hosts == first.hosts]
-        remaining = remaining[len(same) :]
-        with EmulatedCluster(first.hosts, first.rates) as cluster, rank_pool(cluster) as pool:
+    for same in by_cluster(cases):
+        first = same[0]
+        emulated = EmulatedCluster(first.hosts, first.rates) if first.emulated else Loopback(first.world_size)
+        with emulated as cluster, rank_pool(cluster) as pool:
             for case in same:
                 measurements += measure(pool, case, repeats, ignore_busy)
     return measurements
@@ -178,7 +176,7 @@ def measure(pool: RankPool, case: Case, repeats: int, ignore_busy: bool) -> list
             method,
             released_s=seconds[transfers.RELEASED],
             method_s=seconds[method],
-            bound_s=None if case.family == "small" else case.bound_s(method) / case.microbatches,
+            bound_s=None if case.is_small else case.bound_s(method) / case.microbatches,
             busy=busy,
         )
         for method in case.methods

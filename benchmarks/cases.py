@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ SMALL_LAYOUTS = ("tp1-tp1", "tp4-tp4")
 REPLICATED, SHARDED = "replicated", "sharded"
 STATIC = "-static"
 METHODS = (REPLICATED, SHARDED, REPLICATED + STATIC, SHARDED + STATIC)
-FAMILIES = ("transfer", "steady-1f1b", "one-host", "small")
+FAMILIES = ("transfer", "steady-1f1b", "one-host", "small", "loopback")
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,20 @@ class Case:
         return self.family == "one-host"
 
     @property
+    def emulated(self) -> bool:
+        """Over the cards and links of the emulated cluster; else over the machine's own loopback."""
+        return self.family != "loopback"
+
+    @property
     def hosts(self) -> tuple[tuple[int, ...], ...]:
         """The source's ranks come first; each module has a host of its own."""
         ranks = tuple(range(self.world_size))
         return (ranks,) if self.one_host else (ranks[: self.source.size], ranks[self.source.size :])
+
+    @property
+    def is_small(self) -> bool:
+        """Decided by messages and not by bytes: without a bound of the links."""
+        return self.family in ("small", "loopback")
 
     @property
     def rates(self) -> Rates:
@@ -155,7 +166,8 @@ def select(
 
     Args:
         quick: the largest payloads alone, except at tp4-tp4; full: all payloads, and static shapes everywhere.
-        layouts: default: those of `LAYOUTS` (small payloads: `SMALL_LAYOUTS`; 1F1B and one host: tp4-tp4).
+        layouts: default: those of `LAYOUTS` (small payloads: `SMALL_LAYOUTS`; 1F1B and one host: tp4-tp4; loopback:
+            tp1-tp1).
         sizes: bytes; default: 1, 4 and 16 MiB; 4 and 12 MiB from 16 ranks on.
         methods: default: replicated and sharded.
 
@@ -191,20 +203,29 @@ def select(
     for text in layouts or SMALL_LAYOUTS:
         if "small" in families:
             default_methods = (REPLICATED, REPLICATED + STATIC) if text == "tp1-tp1" else METHODS
-            add("small", text, small[::2] if quick and text != "tp1-tp1" else small, default_methods)
+            few = small[:2] if text == "tp1-tp1" else small[::2]
+            add("small", text, few if quick else small, default_methods)
+    for text in layouts or SMALL_LAYOUTS[:1]:
+        if "loopback" in families:
+            add("loopback", text, small[:2] if quick else small, (REPLICATED, REPLICATED + STATIC))
     cases = [_repeated(case) for case in cases]
     # One cluster after the other: making one and starting its ranks takes seconds.
     order = {key: index for index, key in enumerate(dict.fromkeys(_cluster_of(case) for case in cases))}
     return sorted(cases, key=lambda case: order[_cluster_of(case)])
 
 
-def _cluster_of(case: Case) -> tuple[tuple[int, ...], ...]:
-    return case.hosts
+def by_cluster(cases: Sequence[Case]) -> list[list[Case]]:
+    """Neighbouring cases that run on the same cluster, together."""
+    return [list(same) for _, same in itertools.groupby(cases, _cluster_of)]
+
+
+def _cluster_of(case: Case) -> tuple[bool, tuple[tuple[int, ...], ...]]:
+    return case.emulated, case.hosts
 
 
 def _repeated(case: Case) -> Case:
     """With as many transfers in a timed run as last a tenth of a second: to start and end one costs a millisecond."""
     if case.microbatches > 1:
         return case
-    count = 50 if case.family == "small" else max(1, math.ceil(0.1 / case.bound_s(REPLICATED)))
+    count = 50 if case.is_small else max(1, math.ceil(0.1 / case.bound_s(REPLICATED)))
     return Case(case.family, case.source, case.destination, case.num_bytes, case.methods, min(50, count))

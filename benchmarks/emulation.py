@@ -27,7 +27,6 @@ from pathlib import Path
 from types import TracebackType
 
 NETNS = Path("/run/netns")
-INTERFACE = "nic0"
 MTU = 9000
 BURST_BYTES = 16 * 1024
 BURST_S = 0.7e-3  # a slow link's bucket is smaller: it must not carry a good part of a payload for nothing
@@ -62,6 +61,23 @@ class Rates:
         return self.nvl_mbit * 1e6 / 8
 
 
+class Loopback:
+    """No cluster: ranks that talk over the machine's own loopback. Used as `EmulatedCluster`; needs nothing."""
+
+    interface = "lo"
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+
+    def namespace(self, rank: int) -> None:
+        """The ranks stay where they are started."""
+
+    def __enter__(self) -> Loopback:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 class EmulatedCluster:
     """A context manager: the namespaces exist inside of it, and are removed however it is left.
 
@@ -73,6 +89,8 @@ class EmulatedCluster:
         ValueError: ranks that are missing, or on two hosts.
         EmulationUnavailable: on entering: not root, tools that are missing, or a kernel without them.
     """
+
+    interface = "nic0"  # of every rank: the one with its address
 
     def __init__(self, hosts: Sequence[Sequence[int]], rates: Rates) -> None:
         self.hosts = tuple(tuple(host) for host in hosts)

@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from emulation import INTERFACE, EmulatedCluster, enter_namespace
+from emulation import EmulatedCluster, Loopback, enter_namespace
 
 PRELOADED = (
     "torch",
@@ -87,7 +87,7 @@ class RankPool:
 
 
 @contextlib.contextmanager
-def rank_pool(cluster: EmulatedCluster, preloaded: Sequence[str] = PRELOADED) -> Iterator[RankPool]:
+def rank_pool(cluster: EmulatedCluster | Loopback, preloaded: Sequence[str] = PRELOADED) -> Iterator[RankPool]:
     """The ranks of `cluster`; they end with the block, or with this process.
 
     Args:
@@ -104,7 +104,7 @@ def rank_pool(cluster: EmulatedCluster, preloaded: Sequence[str] = PRELOADED) ->
                 mine, theirs = context.Pipe()
                 process = context.Process(
                     target=_rank_main,
-                    args=(rank, cluster.world_size, cluster.namespace(rank), folder, theirs, meet),
+                    args=(rank, cluster.world_size, cluster.namespace(rank), cluster.interface, folder, theirs, meet),
                     daemon=True,
                 )
                 process.start()
@@ -142,13 +142,15 @@ def _start_server(context: Any, preloaded: Sequence[str]) -> None:
 def _rank_main(
     rank: int,
     world_size: int,
-    namespace: str,
+    namespace: str | None,
+    interface: str,
     folder: str,
     pipe: multiprocessing.connection.Connection,
     meet: Any,
 ) -> None:
     # Only this thread exists yet: all later ones are in the namespace, too.
-    enter_namespace(namespace)
+    if namespace is not None:
+        enter_namespace(namespace)
     # No rank outlives a benchmark that was killed: it would keep the processor and its namespace.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the benchmark ends its ranks itself
@@ -158,7 +160,7 @@ def _rank_main(
         WORLD_SIZE=str(world_size),
         LOCAL_RANK=str(rank),
         OMP_NUM_THREADS="1",
-        GLOO_SOCKET_IFNAME=INTERFACE,
+        GLOO_SOCKET_IFNAME=interface,
     )
     import torch
     import torch.distributed as dist

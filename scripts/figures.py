@@ -64,9 +64,11 @@ class Block(NamedTuple):
     make: Callable[[Sequence[Record]], str]
 
 
+SMALL = ("small", "loopback")  # cases of a few KiB
+
 BLOCKS = {
-    "bridge": Block("bridge", lambda one: one.name != "small", transfers),
-    "small": Block("bridge", lambda one: one.name == "small", each),
+    "bridge": Block("bridge", lambda one: one.name not in SMALL, transfers),
+    "small": Block("bridge", lambda one: one.name in SMALL, each),
     "training": Block("training", lambda one: True, each),
     "host": Block("host", lambda one: True, each),
     "set-up": Block("plan", lambda one: one.name.startswith("set-up"), each),

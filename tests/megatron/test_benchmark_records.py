@@ -15,7 +15,7 @@ KEYS = ["name", "layout", "bytes", "method", "ratio_median", "ratio_lo", "ratio_
 SKIPPED = 77
 
 PROGRAMS = {
-    "bench_bridge.py": "--layouts tp1-tp1 --sizes 16k --families small --repeats 1 --ignore-busy",
+    "bench_bridge.py": "--layouts tp1-tp1 --sizes 16k --families small,loopback --repeats 1 --ignore-busy",
     "bench_training.py": "--layout images:tp=1;language:tp=1 --batch 8 --microbatches 2 --repeats 1 --ignore-busy",
     "bench_host.py": "--layouts tp1-tp1 --repeats 1 --ignore-busy",
     "bench_plan.py": "--only planning traffic",

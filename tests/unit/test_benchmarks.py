@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import busy
 import emulation
 import picture
 import released
-from cases import FAMILIES, MIB, Case, Side, parse_layout, select
+from cases import FAMILIES, MIB, Case, Side, by_cluster, parse_layout, select
 from records import KEYS, Measurement, Record, measurement, read_json, size_text, slower, table, write_json
 
 
@@ -169,10 +168,13 @@ def test_every_layout_and_size_that_has_a_target_is_measured(quick: bool) -> Non
         assert ("steady-1f1b", "tp4-tp4", 8, method) in measured
         assert ("one-host", "tp4-tp4", 4, method) in measured
     assert ("small", "tp1-tp1", 0, "replicated") in measured
+    for size in (4, 16):
+        assert any(case.family == "loopback" and case.num_bytes == size << 10 for case in cases)
     assert {case.family for case in cases} == set(FAMILIES)
     # A cluster is made once.
-    hosts = [case.hosts for case in cases]
-    assert sum(a != b for a, b in itertools.pairwise(hosts)) == len(set(hosts)) - 1
+    clusters = [{(case.emulated, case.hosts) for case in same} for same in by_cluster(cases)]
+    assert all(len(of) == 1 for of in clusters)
+    assert len(clusters) == len(set.union(*clusters))
 
 
 def test_shapes_hold_the_payload_and_split_over_all_ranks() -> None:
