@@ -211,6 +211,21 @@ TEST_P(EveryLevel, ConvertsAndAddsBetweenAllTypes) {
   }
 }
 
+TEST_P(EveryLevel, CopiesPastTheCachesWhateverTheAlignment) {
+  std::vector<unsigned char> from(1000);
+  for (size_t i = 0; i < from.size(); ++i) from[i] = static_cast<unsigned char>(i * 7 + 1);
+  for (const size_t bytes : {0U, 1U, 31U, 127U, 128U, 161U, 900U}) {
+    for (size_t shift = 0; shift < 34; ++shift) {
+      std::vector<unsigned char> to(1000, 0);
+      GetParam()->stream(to.data() + shift, from.data() + 33 - shift, static_cast<int64_t>(bytes), nullptr);
+      GetParam()->finish_streams();
+      std::vector<unsigned char> expected(1000, 0);
+      std::memcpy(expected.data() + shift, from.data() + 33 - shift, bytes);
+      ASSERT_EQ(to, expected) << bytes << " at " << shift;
+    }
+  }
+}
+
 TEST_P(EveryLevel, RoundsEveryFloat32ThatIsNearAFloat16OrBFloat16) {
   std::vector<float> values;
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {

@@ -30,8 +30,15 @@ using ScaleSquares = void (*)(void* data, int64_t count, double factor, Lanes& s
 /// with one rounding; float64 where dst has that type; a float64 src is rounded to float32 first, otherwise.
 using Convert = void (*)(void* dst, const void* src, int64_t count);
 
+/// Copies `bytes` bytes past the caches: faster than memcpy where more is written than they hold. What was written is
+/// ordered with later stores, and so with other threads, by one call of `finish_streams`.
+/// next: where the source of the next call probably is. Processors fetch ahead only within a page; never read.
+using Stream = void (*)(void* dst, const void* src, int64_t bytes, const void* next);
+
 struct VectorKernels {
   const char* level;
+  Stream stream;
+  void (*finish_streams)();
   std::array<Scale, kNumNumbers> scale;
   std::array<ScaleSquares, kNumNumbers> scale_squares;
   std::array<std::array<Convert, kNumNumbers>, kNumNumbers> convert;  // [dst][src]

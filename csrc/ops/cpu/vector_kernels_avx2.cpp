@@ -5,7 +5,7 @@
 #define MIMO_EXT_LEVEL "avx2"
 #define MIMO_EXT_TARGET __attribute__((target("avx2,fma,f16c")))
 #define MIMO_EXT_WIDTH 8
-#define MIMO_EXT_F16C
+#define MIMO_EXT_AVX
 
 #include "ops/cpu/vector_kernels_impl.h"
 #include "ops/cpu/vector_levels.h"

@@ -2,7 +2,7 @@
 //     MIMO_EXT_LEVEL       name of the version
 //     MIMO_EXT_TARGET      attribute that lets a function use the level's instructions
 //     MIMO_EXT_WIDTH       float32 numbers in a register
-//     MIMO_EXT_F16C        if the level converts float16 with an instruction
+//     MIMO_EXT_AVX         if the level has 256-bit vectors and converts float16 with an instruction
 // Everything here has internal linkage: a function compiled for one level must never be merged with another's.
 //
 // Vectors are those of the compiler (GCC and clang).
@@ -79,10 +79,9 @@ struct BFloat16 {
   MIMO_EXT_INLINE static void store_wide(uint16_t* to, Vector<float>& wide) {
     Vector<uint32_t> bits;
     reinterpret(bits, wide);
-    const Vector<int32_t> is_nan = wide != wide;
-    Vector<uint32_t> rounded = (bits + 0x7FFFU + ((bits >> 16U) & 1U)) >> 16U;
-    rounded = (rounded & ~reinterpret_cast<const Vector<uint32_t>&>(is_nan)) |
-              (0x7FC0U & reinterpret_cast<const Vector<uint32_t>&>(is_nan));
+    const Vector<uint32_t> quiet_nan = bits - bits + 0x7FC0U;
+    const Vector<uint32_t> nearest = (bits + 0x7FFFU + ((bits >> 16U) & 1U)) >> 16U;
+    const Vector<uint32_t> rounded = wide == wide ? nearest : quiet_nan;
     const Vector<uint32_t> back = rounded << 16U;
     reinterpret(wide, back);
     store(to, __builtin_convertvector(rounded, Vector<uint16_t>));
@@ -92,7 +91,7 @@ struct BFloat16 {
 struct Float16 {
   using Wide = float;
   using Stored = uint16_t;
-#ifdef MIMO_EXT_F16C
+#ifdef MIMO_EXT_AVX
   MIMO_EXT_INLINE static void load_wide(Vector<float>& wide, const uint16_t* from) {
     __m256 values[kWidth / 8];
     for (size_t i = 0; i < kWidth / 8; ++i) {
@@ -255,6 +254,41 @@ MIMO_EXT_TARGET void convert(void* dst, const void* src, int64_t count) {
   std::memcpy(to + i, rest_to, rest * sizeof rest_to[0]);
 }
 
+MIMO_EXT_TARGET void stream(void* dst, const void* src, int64_t bytes, const void* next) {
+#ifdef MIMO_EXT_AVX
+  constexpr int64_t kVector = 32;
+  constexpr int64_t kStep = 4 * kVector;
+  constexpr int64_t kLine = 64;  // of the caches
+  auto* to = static_cast<unsigned char*>(dst);
+  const auto* from = static_cast<const unsigned char*>(src);
+  // Such stores want their alignment.
+  const int64_t first =
+      std::min(bytes, (kVector - static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % kVector)) % kVector);
+  std::memcpy(to, from, static_cast<size_t>(first));
+  int64_t i = first;
+  const auto ahead = reinterpret_cast<uintptr_t>(next);  // a prefetch may name any address
+  for (; i + kStep <= bytes; i += kStep) {
+    for (int64_t part = 0; part < kStep; part += kLine) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead + static_cast<uintptr_t>(i + part)), _MM_HINT_T0);
+    }
+    for (int64_t part = 0; part < kStep; part += kVector) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i + part),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i + part)));
+    }
+  }
+  std::memcpy(to + i, from + i, static_cast<size_t>(bytes - i));
+#else
+  static_cast<void>(next);
+  std::memcpy(dst, src, static_cast<size_t>(bytes));
+#endif
+}
+
+MIMO_EXT_TARGET void finish_streams() {
+#ifdef MIMO_EXT_AVX
+  _mm_sfence();
+#endif
+}
+
 template <typename Dst, bool kAdd>
 constexpr std::array<Convert, kNumNumbers> convert_to() {
   return {convert<Dst, Float32, kAdd>, convert<Dst, Float64, kAdd>, convert<Dst, BFloat16, kAdd>,
@@ -263,6 +297,8 @@ constexpr std::array<Convert, kNumNumbers> convert_to() {
 
 constexpr VectorKernels kKernels{
     MIMO_EXT_LEVEL,
+    stream,
+    finish_streams,
     {scale<Float32>, scale<Float64>, scale<BFloat16>, scale<Float16>},
     {scale_squares<Float32>, scale_squares<Float64>, scale_squares<BFloat16>, scale_squares<Float16>},
     {convert_to<Float32, false>(), convert_to<Float64, false>(), convert_to<BFloat16, false>(),
