@@ -26,7 +26,9 @@ _HOME = {
     "MegatronMIMOProvider": "provider",
     "MimoModelInfra": "provider",
     "MimoModelProvider": "provider",
+    "FoldedMimoOptimizer": "folding",
     "overlapped": "overlap",
+    "premultiply_in_reduction": "premultiply",
     "uninstall": "install",
 }
 _MODULES = (
@@ -36,10 +38,12 @@ _MODULES = (
     "cpu",
     "cpu_layers",
     "ddp",
+    "folding",
     "install",
     "model",
     "overlap",
     "parallel_utils",
+    "premultiply",
     "provider",
     "role",
 )
