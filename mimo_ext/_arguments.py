@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from ._extension import _C
@@ -67,17 +66,6 @@ def checked_timeout(where: str, timeout: Any) -> timedelta:
     if timeout > LONGEST_TIMEOUT:
         raise ValueError(f"{where}: timeout: expected at most {LONGEST_TIMEOUT.days} days, got {timeout}")
     return timeout
-
-
-def check_device(where: str, device: Any) -> None:
-    try:
-        kind = torch.device(device).type
-    except (RuntimeError, TypeError):
-        raise TypeError(f"{where}: device: expected 'cpu', got {_short(device)}") from None
-    if kind != "cpu":
-        raise NotImplementedError(
-            f"{where}: device {str(device)!r} is not supported yet; tensors must be on the CPU (gloo)"
-        )
 
 
 def check_group(where: str, group: Any) -> None:

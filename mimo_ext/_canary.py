@@ -127,6 +127,7 @@ class CheckedBridge(Bridge):
         if shape is not None:
             shape = [width if axis == self._hidden_dim else extent for axis, extent in enumerate(shape)]
         given = {**options, "dtype": torch.int64, "shape": shape, "name": f"{self.name} ({VARIABLE})"}
+        given.update(device="cpu", transport=None)  # marks are made and compared there
         self._numbers: deque[torch.Tensor] = deque()  # of received rows whose gradient is still to be sent
         self._sent_ahead = 0  # gradients sent before the microbatch that they belong to
         self._beside = _Beside(src, dst, **given)
@@ -141,7 +142,8 @@ class CheckedBridge(Bridge):
         """``[rows, h]``, ordered by sample, then by place."""
         if self.ndim == 3:
             x = x.movedim((self.batch_dim, self.seq_dim, self._hidden_dim), (0, 1, 2))
-        return x.detach().reshape(-1, x.size(-1)) if x.numel() else x.new_zeros((x[..., :1].numel(), 1))
+        x = x.detach().cpu()
+        return x.reshape(-1, x.size(-1)) if x.numel() else x.new_zeros((x[..., :1].numel(), 1))
 
     def _like(self, x: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
         """``[rows, columns]`` in the order of the axes of `x`."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ class Groups:
         ranks: of both groups, in their order.
         forward, backward: one group for each direction.
         first_tag: of the `TAGS` tags of this bridge in both groups.
+        payload: for each direction the group of what goes in groups: one of NCCL, or the one above.
         devices: for as long as a bridge holds them, the next one shares them.
     """
 
@@ -47,9 +48,24 @@ class Groups:
     backward: dist.ProcessGroup
     first_tag: int
     devices: tuple[_Devices, ...]
+    payload: tuple[dist.ProcessGroup, dist.ProcessGroup]
 
 
-def connect(meeting: Meeting, bridges: Sequence[tuple[Sequence[int], str]]) -> list[Groups | None]:
+class Connection(NamedTuple):
+    """What one bridge wants.
+
+    Attributes:
+        ranks: that this rank is connected with, itself among them; or none.
+        what: it is for, in messages.
+        device: where its payload goes over NCCL.
+    """
+
+    ranks: Sequence[int]
+    what: str
+    device: torch.device | None = None
+
+
+def connect(meeting: Meeting, bridges: Sequence[Connection]) -> list[Groups | None]:
     """The groups of bridges that are set up together: one pair for the same ranks, each bridge with tags of its own.
 
     Opposite directions have groups of their own: a connection delivers in order, and gloo's notices of posted receives
@@ -57,14 +73,13 @@ def connect(meeting: Meeting, bridges: Sequence[tuple[Sequence[int], str]]) -> l
 
     Args:
         meeting: every rank of it calls this, with the same bridges in the same order.
-        bridges: for each the ranks that this rank is connected with, itself among them (or none), and what it is, for
-            messages.
+        bridges: what they want.
 
     Raises:
         RuntimeError: ranks that do not come in time, by name, or that cannot be reached.
     """
     wanted: dict[tuple[int, ...], str] = {}
-    for ranks, what in bridges:
+    for ranks, what, _ in bridges:
         wanted.setdefault(tuple(ranks), what)
     wanted.pop((), None)
     devices: tuple[_Devices, ...] = ()
@@ -86,11 +101,48 @@ def connect(meeting: Meeting, bridges: Sequence[tuple[Sequence[int], str]]) -> l
             _wait_until_all_are_connected(meeting, key, what)
     bridges_between: Counter[tuple[int, ...]] = Counter()
     found: list[Groups | None] = []
-    for ranks, _ in bridges:
+    for number, (ranks, what, device) in enumerate(bridges):
         key = tuple(ranks)
-        found.append(Groups(key, pairs[key][0], pairs[key][1], TAGS * bridges_between[key], devices) if key else None)
+        if not key:
+            found.append(None)
+            continue
+        forward, backward = pairs[key]
+        payload = forward, backward
+        if device is not None:
+            # One pair for each bridge: what goes over NCCL is told apart by its order alone.
+            payload = (
+                nccl_group(meeting, key, what, device, f"{number}/f"),
+                nccl_group(meeting, key, what, device, f"{number}/b"),
+            )
+        found.append(Groups(key, forward, backward, TAGS * bridges_between[key], devices, payload))
         bridges_between[key] += 1
     return found
+
+
+def nccl_group(
+    meeting: Meeting, ranks: tuple[int, ...], what: str, device: torch.device, key: str
+) -> dist.ProcessGroup:
+    """A process group of NCCL, made by `ranks` alone, and connected: later nobody waits for anyone to do so.
+
+    Never run: no machine with several GPUs was there.
+    """
+    assert meeting.store is not None
+    store = dist.PrefixStore(f"nccl/{key}/{_digest(ranks)}", meeting.store)
+    options = dist.ProcessGroupNCCL.Options()
+    options.is_high_priority_stream = False
+    options._timeout = meeting.limit
+    options.global_ranks_in_group = list(ranks)
+    options.group_name = f"mimo_ext {meeting.turn} {key} {_digest(ranks)}"
+    index = ranks.index(meeting.rank)
+    backend = dist.ProcessGroupNCCL(store, index, len(ranks), options)
+    backend._set_sequence_number_for_group()
+    group = dist.ProcessGroup(store, index, len(ranks))
+    group._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
+    group._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, backend)
+    group._set_group_desc(f"mimo_ext {what}")
+    if len(ranks) > 1:
+        backend.eager_connect_single_device(device)
+    return group
 
 
 def connected_ranks(source: _C.Boundary, destination: _C.Boundary, rank: int) -> list[int]:

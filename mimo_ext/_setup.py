@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from ._agreement import Meeting
-from ._groups import connect, connected_ranks
+from ._groups import Connection, connect, connected_ranks
+from ._transports import choose
 
 if TYPE_CHECKING:
     from .bridge import Bridge
@@ -86,12 +87,21 @@ class Setup:
         """After the agreement: make the process groups, and open the bridges."""
         bridges, self._bridges = self._bridges, []
         try:
+            transports = choose(
+                self._meeting,
+                [(bridge.name, bridge.device, bridge._asked_transport, bridge._ranks) for bridge, _ in bridges],
+            )
             connected = [
-                (connected_ranks(bridge._source, bridge._destination, bridge.rank), f"bridge '{bridge.name}'")
-                for bridge, _ in bridges
+                Connection(
+                    connected_ranks(bridge._source, bridge._destination, bridge.rank),
+                    f"bridge '{bridge.name}'",
+                    bridge.device if transport == "nccl" else None,
+                )
+                for (bridge, _), transport in zip(bridges, transports, strict=True)
             ]
-            for (bridge, text), groups in zip(bridges, connect(self._meeting, connected), strict=True):
-                bridge._connect(groups, text)
+            found = zip(bridges, transports, connect(self._meeting, connected), strict=True)
+            for (bridge, text), transport, groups in found:
+                bridge._connect(groups, f"{text} {transport}", transport)
         except BaseException:
             for bridge, _ in bridges:
                 bridge.close(abort=True)

@@ -17,7 +17,6 @@ from ._arguments import (
     INT64_MAX,
     axes_of,
     boundary_of,
-    check_device,
     check_group,
     check_ranks,
     checked_int,
@@ -31,6 +30,7 @@ from ._extension import _C
 from ._groups import Groups
 from ._leftovers import finish_leftovers_at_exit
 from ._setup import Setup, ranks_of, refuse_bridge
+from ._transports import CARRIERS, check_transport, checked_device
 from ._version import library_text
 from .flight import watch
 from .layout import PATHS, Layout, Plan
@@ -97,7 +97,12 @@ class Bridge:
             Default: shapes vary, and a small header goes ahead of each payload.
         timeout: how long any wait for a peer may last; in the constructor at least as long as the default process
             group's timeout.
-        device: only "cpu" (gloo) so far.
+        device: of the tensors on this rank, "cpu" or a CUDA device ("cuda": the current one); of the same type on every
+            rank.
+        transport: what carries them; None: the ranks choose. On the CPU "gloo". On CUDA "nccl" where each rank has a
+            GPU of its own and the default process group knows NCCL, else "staged": over gloo, through pinned memory of
+            the host, so that ranks may share a GPU. `bridge.transport` tells. ("staged" and "groups", which is what
+            "nccl" does, also run on the CPU: for tests. See docs/transports.md.)
         src_stage, dst_stage: pipeline stages that the bridge joins: by default the source's last and the destination's
             first.
         group: a process group that holds all ranks of both sides, in place of the default group.
@@ -120,10 +125,12 @@ class Bridge:
     Raises:
         ValueError: arguments that do not fit, or that differ between ranks (with both sides' values).
         RuntimeError: a rank that does not call the constructor in time, by name.
-        NotImplementedError: a device other than the CPU.
+            Also a device or a transport that is not there.
+        NotImplementedError: a device that is neither the CPU nor CUDA.
     """
 
     _checked = False  # see _canary.py
+    _copy_delay = timedelta(0)  # of the imitated copies of "staged" on the CPU
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
         from ._canary import CheckedBridge, enabled  # it is made of this class
@@ -143,6 +150,7 @@ class Bridge:
         shape: Sequence[int] | None = None,
         timeout: timedelta = timedelta(minutes=10),
         device: torch.device | str = "cpu",
+        transport: str | None = None,
         src_stage: int = -1,
         dst_stage: int = 0,
         group: dist.ProcessGroup | None = None,
@@ -158,6 +166,7 @@ class Bridge:
         names = [getattr(side, "name", "") for side in (src, dst)]
         self.name = name or f"{names[0] or 'source'} -> {names[1] or 'destination'}"
         self._communicator: _C.Communicator | None = None
+        self._transport: str | None = None  # once the ranks have chosen
         self._groups: Groups | None = None
         self._flight: dict[str, Any] = {}
         self._flight_note: str | None = None
@@ -170,7 +179,9 @@ class Bridge:
             for what, side in (("src", src), ("dst", dst)):
                 checked_type(where, what, side, Layout, "a mimo_ext.Layout")
             checked_type(where, "dtype", dtype, torch.dtype, "a torch.dtype")
-            check_device(where, device)
+            self.device = checked_device(where, device)
+            check_transport(where, transport, self.device)
+            self._asked_transport = transport
             self.src, self.dst, self.dtype = src, dst, dtype
             self.batch_dim, self.seq_dim = axes_of(where, ndim, batch_dim, seq_dim)
             self.ndim = int(ndim)
@@ -179,7 +190,8 @@ class Bridge:
             self._source = boundary_of(where, "src_stage", src, src_stage)
             self._destination = boundary_of(where, "dst_stage", dst, dst_stage)
             fixed = None if shape is None else self._fixed(where, shape)
-            ranks = sorted({rank for side in (self._source, self._destination) for lane in side.lanes for rank in lane})
+            sides = self._source, self._destination
+            self._ranks = ranks = sorted({rank for side in sides for lane in side.lanes for rank in lane})
             check_ranks(
                 where, ranks, setup.ranks if setup is not None else ranks_of(group) or range(dist.get_world_size())
             )
@@ -197,6 +209,7 @@ class Bridge:
                 f"{self.name}: {self._source} | {self._destination}; ndim={self.ndim} batch_dim={self.batch_dim} "
                 f"seq_dim={self.seq_dim} dtype={dtype} shape={None if shape is None else tuple(shape)}"
                 f" chunks={max_chunks}x{min_chunk_bytes} path={path} links={links}"
+                f" device={self.device.type} transport={transport}"
                 f"{' unpaired_backward' if unpaired_backward else ''}{' MIMO_EXT_CHECK' if self._checked else ''}"
                 f" layouts={_C.hash_of(self._source, self._destination):016x} {library_text()}"
             )
@@ -220,9 +233,11 @@ class Bridge:
 
     # Construction
 
-    def _connect(self, groups: Groups | None, text: str) -> None:
+    def _connect(self, groups: Groups | None, text: str, transport: str) -> None:
         """Open the bridge, after the agreement of the ranks on `text`; without groups on ranks that are outside."""
         self._groups = groups
+        self._transport = transport
+        carrier = CARRIERS[transport]
         self._communicator = _C.Communicator(
             name=self.name,
             source=self._source,
@@ -237,6 +252,11 @@ class Bridge:
             backward_group=groups.backward if groups else None,
             group_ranks=groups.ranks if groups else (),
             tag_offset=groups.first_tag if groups else 0,
+            device=self.device,
+            carrier=carrier,
+            copy_delay=self._copy_delay,
+            forward_groups=groups.payload[0] if groups and carrier == "groups" else None,
+            backward_groups=groups.payload[1] if groups and carrier == "groups" else None,
             **self._options,
         )
         self._open = self._communicator
@@ -271,6 +291,13 @@ class Bridge:
         return microbatch
 
     # Properties
+
+    @property
+    def transport(self) -> str:
+        """What carries the tensors: "gloo", "staged", "nccl" or "groups"; the same on every rank."""
+        if self._transport is None:
+            raise BridgeError(f"bridge '{self.name}': its setup did not finish")
+        return self._transport
 
     @property
     def is_source(self) -> bool:
@@ -394,7 +421,8 @@ class Bridge:
         """Post the receive of the next microbatch; `wait()` returns a leaf tensor.
 
         It has `requires_grad=True` (floating dtypes), unless the sender or the receiver ran under `torch.no_grad()`.
-        The receive makes progress by itself, whatever the caller does meanwhile.
+        The receive makes progress by itself, whatever the caller does meanwhile (with "nccl": it is carried out by
+        `wait()`, and by that of any later one).
 
         Args:
             row_shards: as the sender has them, for the samples of this lane: the tensor then holds the rows of this
@@ -574,7 +602,7 @@ class _BridgeFunction(torch.autograd.Function):
         ctx: Any, bridge: Bridge, x: torch.Tensor, options: dict[str, Any], row_shards: RowShards | None
     ) -> torch.Tensor:
         ctx.bridge = bridge
-        ctx.x_meta = (x.shape, x.dtype) if bridge.is_source else None
+        ctx.x_meta = (x.shape, x.dtype, x.device) if bridge.is_source else None
         with (
             torch.enable_grad()
         ):  # whether gradients are wanted was decided outside: forward() always runs under no_grad
@@ -593,8 +621,8 @@ class _BridgeFunction(torch.autograd.Function):
             return None, None, None, None
         dx = bridge.recv_backward()
         if dx is None:
-            shape, dtype = ctx.x_meta
-            dx = torch.zeros(shape, dtype=dtype)
+            shape, dtype, device = ctx.x_meta
+            dx = torch.zeros(shape, dtype=dtype, device=device)
         return None, dx, None, None
 
 
@@ -627,9 +655,11 @@ def bridge(
         if bridge.is_source:
             assert x is not None
             bridge.send_forward(x, **options)
-        return bridge.recv_forward(row_shards) if bridge.is_destination else torch.zeros((), dtype=bridge.dtype)
+        if bridge.is_destination:
+            return bridge.recv_forward(row_shards)
+        return torch.zeros((), dtype=bridge.dtype, device=bridge.device)
     # A leaf that requires grad keeps the node in the graph also where x is absent or frozen: the peers wait for its
     # backward.
-    anchor = torch.zeros((), dtype=bridge.dtype, requires_grad=True)
+    anchor = torch.zeros((), dtype=bridge.dtype, device=bridge.device, requires_grad=True)
     start = anchor if x is None else x if x.requires_grad else x.detach().requires_grad_()
     return _BridgeFunction.apply(bridge, start, options, row_shards)

@@ -32,7 +32,9 @@ std::shared_ptr<Communicator> make_communicator(
     int max_in_flight, std::uint64_t hash, int rank, c10::intrusive_ptr<c10d::ProcessGroup> group,
     const std::vector<int>& group_ranks, bool unpaired_backward, int max_chunks, std::int64_t min_chunk_bytes,
     c10::intrusive_ptr<c10d::ProcessGroup> backward_group, int tag_offset, const std::string& path,
-    const std::optional<core::Links>& links) {
+    const std::optional<core::Links>& links, const std::optional<at::Device>& device, const std::string& carrier,
+    std::chrono::microseconds copy_delay, c10::intrusive_ptr<c10d::ProcessGroup> forward_groups,
+    c10::intrusive_ptr<c10d::ProcessGroup> backward_groups) {
   if (!THPDtype_Check(dtype.ptr())) throw py::type_error("dtype: expected a torch.dtype");
   BridgeConfig config{std::move(name),
                       std::make_shared<const core::Sides>(source, destination),
@@ -46,13 +48,23 @@ std::shared_ptr<Communicator> make_communicator(
                       {{max_chunks, min_chunk_bytes}, core::parse_path(path), links},
                       unpaired_backward,
                       tag_offset,
-                      hash};
+                      hash,
+                      device.value_or(at::kCPU),
+                      comm::parse_carrier(carrier),
+                      copy_delay};
   const auto transport = [&group_ranks](c10::intrusive_ptr<c10d::ProcessGroup> over) {
     return over ? std::make_unique<comm::C10dTransport>(std::move(over), group_ranks) : nullptr;
   };
   auto forward = transport(std::move(group));
   auto backward = transport(std::move(backward_group));
-  auto communicator = std::make_shared<Communicator>(std::move(config), std::move(forward), std::move(backward), rank);
+  const auto grouped = [&config](c10::intrusive_ptr<c10d::ProcessGroup> over, int tag) {
+    if (!over) return std::unique_ptr<comm::GroupTransport>();
+    return std::make_unique<comm::GroupTransport>(std::move(over), config.device.type(), config.tag_offset + tag);
+  };
+  auto groups = grouped(std::move(forward_groups), comm::kFirstGroupTag);
+  auto back_groups = grouped(std::move(backward_groups), comm::kFirstGroupTag + 1);
+  auto communicator = std::make_shared<Communicator>(std::move(config), std::move(forward), std::move(backward), rank,
+                                                     std::move(groups), std::move(back_groups));
   communicator->set_interrupt_check(check_signals);
   return communicator;
 }
@@ -95,6 +107,23 @@ py::list events_of(Communicator& communicator) {
     events.append(entry);
   }
   return events;
+}
+
+/// Of one group: [(sending, peer, bytes)].
+py::list messages_of(const std::vector<comm::GroupMessage>& messages) {
+  py::list found;
+  for (const comm::GroupMessage& message : messages) {
+    found.append(py::make_tuple(message.sending, message.peer, message.bytes));
+  }
+  return found;
+}
+
+py::list groups_of(Communicator& communicator) {
+  py::list found;
+  for (const comm::GroupEntry& entry : communicator.group_log().entries()) {
+    found.append(py::make_tuple(entry.is_forward, entry.microbatch, messages_of(entry.messages)));
+  }
+  return found;
 }
 
 /// The flight recorder: {"entries": [...], "caller": what blocks the caller, or None}.
@@ -186,7 +215,9 @@ void register_comm(py::module_& m) {
            py::arg("group_ranks"), py::arg("unpaired_backward") = false,
            py::arg("max_chunks") = core::Chunking{}.max_chunks, py::arg("min_chunk_bytes") = core::Chunking{}.min_bytes,
            py::arg("backward_group") = nullptr, py::arg("tag_offset") = 0, py::arg("path") = "auto",
-           py::arg("links") = py::none())
+           py::arg("links") = py::none(), py::arg("device") = py::none(), py::arg("carrier") = "direct",
+           py::arg("copy_delay") = std::chrono::microseconds(0), py::arg("forward_groups") = nullptr,
+           py::arg("backward_groups") = nullptr)
       .def_property_readonly("is_source", &Communicator::is_source)
       .def_property_readonly("is_destination", &Communicator::is_destination)
       .def_property_readonly("closed", &Communicator::closed)
@@ -194,6 +225,7 @@ void register_comm(py::module_& m) {
           "max_in_flight", [](const Communicator& communicator) { return communicator.config().max_in_flight; },
           &Communicator::set_max_in_flight)
       .def_property_readonly("outstanding", &Communicator::outstanding)
+      .def_property_readonly("host_buffers", &Communicator::host_buffers)
       .def("last_plan", &Communicator::last_plan)
       .def(
           "send_forward",
@@ -239,10 +271,20 @@ void register_comm(py::module_& m) {
       .def(
           "start_trace", [](Communicator& c, std::size_t capacity) { c.trace().start(capacity); }, py::arg("capacity"))
       .def("trace_events", &events_of)
+      .def("start_group_log", [](Communicator& c) { c.group_log().start(); })
+      .def("group_log", &groups_of)
       .def("flight", &flight_of)
       .def("close", &Communicator::close, Release(), py::arg("abort") = false, py::arg("reason") = "")
       .def("leave", &Communicator::leave, Release());
 
+  m.def(
+      "group_order",
+      [](const core::Plan& plan, int rank) {
+        py::list found;
+        for (const auto& group : comm::group_order(plan, rank)) found.append(messages_of(group));
+        return found;
+      },
+      py::arg("plan"), py::arg("rank"));
   m.def(
       "finish_leftovers", [](bool abort) { comm::Leftovers::instance().finish(abort, check_signals); }, Release(),
       py::arg("abort"));

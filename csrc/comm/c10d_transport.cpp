@@ -57,6 +57,24 @@ void Request::probe() {
   wait(kNotWaited);
 }
 
+void Request::order() {
+  try {
+    work_->wait();  // without a limit, or the host would wait
+  } catch (const std::exception& error) {
+    throw TransportError(words_of(error.what()), says_timeout(error.what()));
+  }
+}
+
+bool Request::complete() {
+  try {
+    if (!work_->isCompleted()) return false;
+    if (const std::exception_ptr error = work_->exception()) std::rethrow_exception(error);
+    return true;
+  } catch (const std::exception& error) {
+    throw TransportError(words_of(error.what()), says_timeout(error.what()));
+  }
+}
+
 C10dTransport::C10dTransport(c10::intrusive_ptr<c10d::ProcessGroup> group, const std::vector<int>& ranks)
     : group_(std::move(group)), backend_(group_->getBackend(c10::DeviceType::CPU)) {
   if (static_cast<int>(ranks.size()) != group_->getSize()) {

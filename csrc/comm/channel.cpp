@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <sstream>
+#include <thread>
 
 #include "comm/channel_jobs.h"
 
@@ -33,7 +34,7 @@ void keep(std::vector<std::shared_ptr<Program>>& programs, const std::shared_ptr
 }  // namespace
 
 Channel::Channel(const BridgeConfig& config, Transport& transport, Failure& failure, Counters& counters, Trace& trace,
-                 FlightRecorder& flight, core::Direction direction)
+                 FlightRecorder& flight, core::Direction direction, GroupLog& group_log, GroupTransport* groups)
     : config_(config),
       transport_(transport),
       failure_(failure),
@@ -42,13 +43,18 @@ Channel::Channel(const BridgeConfig& config, Transport& transport, Failure& fail
       flight_(flight),
       direction_(direction),
       sender_(direction == core::Direction::kForward ? config.source : config.destination),
-      receiver_(direction == core::Direction::kForward ? config.destination : config.source) {
+      receiver_(direction == core::Direction::kForward ? config.destination : config.source),
+      staging_(config.carrier == Carrier::kStaged ? make_staging(config.device, config.copy_delay) : nullptr),
+      host_pool_(staging_ ? std::make_unique<HostPool>(*staging_) : nullptr),
+      groups_(groups),
+      group_log_(group_log) {
   std::tie(sender_lane_, sender_member_) = sender_.find(transport.rank());
   std::tie(receiver_lane_, receiver_member_) = receiver_.find(transport.rank());
   const std::string suffix = direction == core::Direction::kForward ? "fwd" : "bwd";
   const auto peer = [&](int rank, int lane) { return HeaderPeer{rank, transport.index_of(rank), lane}; };
   if (is_sender()) {
     send_worker_ = std::make_unique<Worker>("mimo-send-" + suffix);
+    if (staging_) stage_worker_ = std::make_unique<Worker>("mimo-stage-" + suffix);
     const auto [first, last] = core::Plan::lanes_met(sender_lane_, sender_.num_lanes(), receiver_.num_lanes());
     meets_itself_ = first <= receiver_lane_ && receiver_lane_ < last;
     for (int lane = first; lane < last; ++lane) {
@@ -105,13 +111,27 @@ bool Channel::sending() {
 }
 
 bool Channel::close_within(std::chrono::milliseconds limit) {
-  const bool sent = !send_worker_ || send_worker_->close_within(limit);
-  return sent && (!receive_worker_ || receive_worker_->close_within(limit));
+  flush_deferred();
+  for (Worker* worker : {stage_worker_.get(), send_worker_.get(), receive_worker_.get()}) {
+    if (worker != nullptr && !worker->close_within(limit)) return false;
+  }
+  const bool landed = reap_landed(limit);
+  if (!flying_.empty()) std::this_thread::sleep_for(std::min(limit, std::chrono::milliseconds(1)));
+  reap_flying();
+  return (landed && flying_.empty()) || failure_.failed();
 }
 
 void Channel::close() {
-  if (send_worker_) send_worker_->close();
-  if (receive_worker_) receive_worker_->close();
+  flush_deferred();
+  // In this order: what one has done is the next one's.
+  for (Worker* worker : {stage_worker_.get(), send_worker_.get(), receive_worker_.get()}) {
+    if (worker != nullptr) worker->close();
+  }
+  reap_landed(config_.timeout);
+  while (!failure_.failed() && !flying_.empty()) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    reap_flying();
+  }
 }
 
 const char* Channel::send_name() const {
@@ -150,6 +170,27 @@ void Channel::wait_for(Waiter& waiter, Request& request, FlightPhase phase, int 
       throw BridgeTimeoutError(head + ": nothing within " + seconds.str() + " s");
     }
     throw connection_broke(phase, peer, operation, sequence, error);
+  }
+}
+
+void Channel::poll_until(const std::function<bool()>& complete, const std::string& what) const {
+  constexpr std::chrono::microseconds kShortest{10};
+  constexpr std::chrono::microseconds kLongest{320};
+  const auto deadline = std::chrono::steady_clock::now() + config_.timeout;
+  try {
+    for (auto pause = kShortest; !complete(); pause = std::min(2 * pause, kLongest)) {
+      failure_.check();
+      if (std::chrono::steady_clock::now() > deadline) {
+        std::ostringstream seconds;
+        seconds << static_cast<double>(config_.timeout.count()) / 1000.0;
+        throw BridgeTimeoutError(what + ": not complete within " + seconds.str() + " s");
+      }
+      std::this_thread::sleep_for(pause);
+    }
+  } catch (const c10::Error& error) {
+    throw BridgeError(what + ": " + error.what_without_backtrace());
+  } catch (const TransportError& error) {
+    throw BridgeError(what + ": " + error.what());
   }
 }
 

@@ -7,6 +7,13 @@
 // depends on that but the release of their storage. Workers exist only where the rank has that role, never touch
 // Python, and process microbatches in order.
 //
+// Staged tensors (of a device, over a process group of the host): what is sent is copied to host memory by the device,
+// and posted by a third worker when it is there; headers, whose contents the host knows, go at once. What is received
+// is put together in host memory as above, and then copied to the device. Nobody but the third worker waits for copies.
+//
+// Messages in groups (rounds.h): the caller issues them, a worker only looks whether sends are complete. A receive that
+// is posted ahead is carried out when somebody waits for it: the device would be kept busy by it.
+//
 // Order of messages between two ranks: headers, payload and lane copies have a tag each, and each tag's messages are
 // posted by one thread at a time in the order of the plan, microbatch after microbatch, on both sides.
 #pragma once
@@ -24,8 +31,11 @@
 #include "comm/errors.h"
 #include "comm/fifo.h"
 #include "comm/flight.h"
+#include "comm/group_log.h"
+#include "comm/group_transport.h"
 #include "comm/header.h"
 #include "comm/program.h"
+#include "comm/staging.h"
 #include "comm/telemetry.h"
 #include "comm/transport.h"
 #include "comm/waiter.h"
@@ -44,7 +54,7 @@ struct HeaderSlot {
 class Channel {
  public:
   Channel(const BridgeConfig& config, Transport& transport, Failure& failure, Counters& counters, Trace& trace,
-          FlightRecorder& flight, core::Direction direction);
+          FlightRecorder& flight, core::Direction direction, GroupLog& group_log, GroupTransport* groups = nullptr);
   ~Channel();
 
   bool is_sender() const { return sender_lane_ >= 0; }
@@ -92,6 +102,13 @@ class Channel {
   void abort_receives();
   /// Is a microbatch being sent?
   bool sending();
+  /// Buffers that received microbatches have been put together in for their device, so far.
+  std::int64_t host_buffers() const { return host_pool_ ? host_pool_->allocations() : 0; }
+
+  /// Messages in groups: carries out the receives that nobody has waited for. Before close().
+  void drain(const std::function<void()>& poll);
+  /// Messages in groups: throws BridgeError where a send cannot end before its receive on this very rank.
+  void check_not_deferred(std::int64_t sequence) const;
 
   /// Waits for everything that is under way (each wait has its timeout), then ends the workers. After a failure: at
   /// once.
@@ -105,6 +122,8 @@ class Channel {
     int index;
     int lane;  ///< of the receiver
   };
+  struct Issued;
+  struct Flying;
   struct SendJob;
   struct ReceiveJob;
   /// What this rank sends to itself.
@@ -118,7 +137,49 @@ class Channel {
   /// Of the rows that two lanes share; 0 where all of them go to every rank.
   std::uint64_t row_shards_hash(const core::Microbatch& microbatch, int sender_lane, int receiver_lane) const;
   void post_headers(Header& header, const core::Microbatch& microbatch, SendJob& job);
+  void post_messages(SendJob& job);
+  void push_local(LocalItem local);
   void run_send(std::unique_ptr<SendJob> job);
+
+  // Staged.
+  /// Enqueues the copies of what is sent.
+  void stage_out(SendJob& job, const at::Tensor& x, LocalItem& local);
+  /// The third worker's part of a send.
+  void run_staged_send(std::unique_ptr<SendJob> job, Worker::When when);
+  /// Enqueues the copy of what was received, and makes `tensor` the one that it fills.
+  std::shared_ptr<Copy> stage_in(ReceiveJob& job, at::Tensor& tensor);
+  /// Lets go of what copies to the device have used; waits up to `limit` for those that are under way. False: for more.
+  bool reap_landed(std::chrono::milliseconds limit);
+
+  // In groups. Every rank issues rounds in ascending order; see rounds.h.
+  void add_sends(SendJob& job, std::size_t round);
+  void add_receives(ReceiveJob& job, std::size_t round);
+  /// Those that were added; an empty one where there are none.
+  Issued issue(const char* operation, std::int64_t sequence);
+  /// "...: group of messages with ranks 1, 2"
+  std::string group_text(const Issued& issued, const char* operation, std::int64_t sequence) const;
+  void wait_for_group(Waiter& waiter, Issued& issued, FlightPhase phase, std::uint64_t flight, const char* operation,
+                      std::int64_t sequence, const std::function<void()>& poll) const;
+  void issue_sends(SendJob& job);
+  /// With the sends of the same microbatch, where this rank has some.
+  void take_own(ReceiveJob& job);
+  void receive_in_rounds(ReceiveJob& job, const std::function<void()>& poll);
+  void issue_rounds(ReceiveJob& job, const std::function<void()>& poll);
+  void wait_for_round(ReceiveJob& job, const std::function<void()>& poll);
+  /// Whether the stream of the caller has a part in this round: after it, before it.
+  bool unpacks(const ReceiveJob& job, std::size_t round) const;
+  bool packs(const ReceiveJob& job, std::size_t round) const;
+  void finish_round(ReceiveJob& job);
+  void flush_deferred();
+  /// The worker's part of a send.
+  void wait_for_sent(SendJob& job);
+  /// The buffers of a microbatch go back to its program when its messages are complete.
+  void keep_until_complete(ReceiveJob& job);
+  void reap_flying();
+
+  void submit_send(std::unique_ptr<SendJob> job, Worker::When when);
+  /// For what cannot be waited for in a way that ends when the bridge does. `what` begins messages.
+  void poll_until(const std::function<bool()>& complete, const std::string& what) const;
 
   // Receiving: every step may be left by Interrupted and entered again.
   std::unique_ptr<ReceiveJob> post_receive(Expected expected);
@@ -140,6 +201,8 @@ class Channel {
   void check_row_shards(const ReceiveJob& job, const core::Microbatch& microbatch) const;
   void post_payload(ReceiveJob& job, const core::Microbatch& microbatch, std::vector<int> without_gradient);
   void post_receives(ReceiveJob& job);
+  /// The tensor in which a microbatch is put together.
+  at::Tensor new_result(ReceiveJob& job);
   /// Posts the receive of one transfer; false where nothing is to be waited for.
   bool post_part(ReceiveJob& job, const Transfer& transfer, Slots& slots, std::size_t index, int kind);
   /// One more microbatch is expected: as many eager receives are posted for each sender.
@@ -149,6 +212,8 @@ class Channel {
   std::size_t header_of(const Transfer& transfer) const;
   void check_announced(const ReceiveJob& job) const;
   void receive_payload(ReceiveJob& job, const std::function<void()>& poll);
+  /// Writes what has arrived beside the tensor into it.
+  void unpack_stage(ReceiveJob& job, const ReceiveOrder::Stage& stage);
   /// Throws where a message has failed whose turn to be waited for has not come: its sender died while another one is
   /// awaited, who may be busy for long.
   void look_around(ReceiveJob& job) const;
@@ -222,10 +287,29 @@ class Channel {
   std::condition_variable local_changed_;
   Fifo<LocalItem> local_;
 
+  /// What a copy to the device uses.
+  struct Landed {
+    std::shared_ptr<Copy> copy;
+    at::Tensor tensor;
+    at::Tensor host;
+  };
+  const std::unique_ptr<Staging> staging_;  ///< null where nothing is staged
+  const std::unique_ptr<HostPool> host_pool_;
+  std::mutex landed_mutex_;
+  std::vector<Landed> landed_;
+
+  // In groups; used by the caller's thread alone.
+  GroupTransport* const groups_;  ///< null where messages go one by one
+  GroupLog& group_log_;
+  std::vector<GroupTransport::Message> messages_;  ///< of the group that is being put together
+  Fifo<std::unique_ptr<SendJob>> deferred_;        ///< of a rank on both sides, until it receives
+  Fifo<Flying> flying_;
+
   Waiter receive_waiter_;
   Waiter send_waiter_;
   std::unique_ptr<Worker> receive_worker_;
   std::unique_ptr<Worker> send_worker_;
+  std::unique_ptr<Worker> stage_worker_;
 };
 
 }  // namespace mimo_ext::comm

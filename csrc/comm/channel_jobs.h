@@ -17,6 +17,13 @@ inline constexpr int kRowsTag = 3;
 /// The beginning of a payload: its receives are posted by the caller, too.
 inline constexpr int kEagerTag = 4;
 inline constexpr int kNumTags = 5;
+static_assert(2 * kNumTags <= kFirstGroupTag);
+
+/// Messages that have been issued together.
+struct Channel::Issued {
+  Request request;
+  std::vector<int> peers;
+};
 
 struct Channel::SendJob {
   std::int64_t sequence = 0;
@@ -26,6 +33,11 @@ struct Channel::SendJob {
   std::vector<at::Tensor> words;       ///< encoded headers, one per lane of the receiver
   std::vector<HeaderSlot> headers;     ///< one per receiver
   std::vector<HeaderSlot> row_counts;  ///< likewise, where they do not fit into a header
+  // Staged:
+  std::shared_ptr<Copy> copy;  ///< to the host
+  at::Tensor source;           ///< until that is complete
+  LocalItem local;
+  std::vector<Issued> issued;  ///< in groups
   std::shared_ptr<Delivery> delivery;
   Times times;
 };
@@ -41,10 +53,27 @@ struct Channel::ReceiveJob {
   HeaderSlot row_counts;
   bool has_local = false;
   LocalItem local;
+  std::optional<c10::Stream> stream;  ///< staged: what is received will belong to it
+  Staging::Landing landing;
+  // In groups:
+  std::unique_ptr<SendJob> own;   ///< the same microbatch, where this rank is on both sides
+  std::size_t round = 0;          ///< that is next, or being waited for
+  bool round_issued = false;      ///< the latter
+  Issued issued;                  ///< of this round
+  std::vector<Issued> under_way;  ///< of earlier rounds
   std::shared_ptr<ReceiveProgram> program;
   std::unique_ptr<ReceiveProgram::Incoming> incoming;
   std::shared_ptr<Delivery> delivery;
   Times times;
+};
+
+/// What a microbatch that has been handed out still uses.
+struct Channel::Flying {
+  std::vector<Issued> issued;
+  std::int64_t sequence = 0;
+  std::chrono::steady_clock::time_point deadline;
+  std::shared_ptr<ReceiveProgram> program;
+  std::unique_ptr<ReceiveProgram::Incoming> incoming;
 };
 
 }  // namespace mimo_ext::comm

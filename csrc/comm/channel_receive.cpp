@@ -11,6 +11,7 @@
 namespace mimo_ext::comm {
 
 std::unique_ptr<Channel::ReceiveJob> Channel::post_receive(Expected expected) {
+  if (groups_) reap_flying();
   failure_.check();
   const c10::NoGradGuard no_grad;
   auto job = receive_jobs_.take();
@@ -22,6 +23,10 @@ std::unique_ptr<Channel::ReceiveJob> Channel::post_receive(Expected expected) {
   job->has_local = false;
   job->times = {};
   job->times.posted = Times::now();
+  if (staging_) {
+    job->stream = staging_->current_stream();
+    reap_landed(std::chrono::milliseconds(0));
+  }
   job->flight = flight_.record(false, direction_ == core::Direction::kForward, job->sequence, 0, job->times.posted);
   job->delivery = new_delivery(false, job->sequence);
   try {
@@ -59,7 +64,7 @@ void Channel::queue_receive(std::unique_ptr<ReceiveJob> job, Worker::When when) 
     const std::lock_guard lock(queue_mutex_);
     queued_.push_back(std::move(job));
   }
-  receive_worker_->submit([this] { run_queued_receives(); }, when);
+  if (!groups_) receive_worker_->submit([this] { run_queued_receives(); }, when);
 }
 
 void Channel::run_queued_receives() {
@@ -91,7 +96,7 @@ void Channel::drive(std::unique_ptr<ReceiveJob> job, const std::function<void()>
     const std::lock_guard lock(queue_mutex_);
     turn_taken_ = false;
     if (interrupted) queued_.push_front(std::move(job));
-    others = !queued_.empty();
+    others = !queued_.empty() && !groups_;
   }
   if (others) receive_worker_->submit([this] { run_queued_receives(); }, Worker::When::kNow);
   if (interrupted) std::rethrow_exception(interrupted);
@@ -111,6 +116,11 @@ std::shared_ptr<Delivery> Channel::recv_now(Expected expected, const std::functi
                                         job->sequence, job->times.posted);
   auto delivery = job->delivery;
   posted(delivery);
+  if (groups_) {
+    queue_receive(std::move(job), Worker::When::kNow);
+    take_over(*delivery, poll);
+    return delivery;
+  }
   {
     const std::lock_guard lock(queue_mutex_);
     if (!turn_taken_ && queued_.empty()) {
@@ -131,7 +141,9 @@ void Channel::take_over(const Delivery& delivery, const std::function<void()>& p
   std::unique_ptr<ReceiveJob> job;
   {
     const std::lock_guard lock(queue_mutex_);
-    if (!turn_taken_ && !queued_.empty() && queued_.front()->delivery.get() == &delivery) {
+    // In groups nobody else carries out those before it.
+    const bool is_next = !queued_.empty() && (groups_ || queued_.front()->delivery.get() == &delivery);
+    if (!turn_taken_ && is_next) {
       job = std::move(queued_.front());
       queued_.pop_front();
       turn_taken_ = true;
@@ -139,15 +151,35 @@ void Channel::take_over(const Delivery& delivery, const std::function<void()>& p
   }
   if (job) {
     drive(std::move(job), poll);
+    if (groups_ && !delivery.done()) take_over(delivery, poll);
   } else if (receive_worker_) {
     receive_worker_->hurry();
+  }
+}
+
+void Channel::drain(const std::function<void()>& poll) {
+  while (groups_ && !failure_.failed()) {
+    std::unique_ptr<ReceiveJob> job;
+    {
+      const std::lock_guard lock(queue_mutex_);
+      if (turn_taken_ || queued_.empty()) return;
+      job = std::move(queued_.front());
+      queued_.pop_front();
+      turn_taken_ = true;
+    }
+    drive(std::move(job), poll);
   }
 }
 
 void Channel::end_receive(std::unique_ptr<ReceiveJob> job) {
   // After a failure messages may still arrive in these buffers.
   if (failure_.failed() || receives_aborted_) return;
-  if (job->incoming) job->program->give(std::move(job->incoming));
+  if (groups_) {
+    keep_until_complete(*job);
+    job->round = 0;
+  } else if (job->incoming) {
+    job->program->give(std::move(job->incoming));
+  }
   for (HeaderSlot& slot : job->eager) {
     if (slot.tensor.empty()) continue;
     const std::lock_guard lock(eager_mutex_);
@@ -157,24 +189,32 @@ void Channel::end_receive(std::unique_ptr<ReceiveJob> job) {
   job->program.reset();
   job->expected = {};
   job->local = {};
+  job->landing = {};
   job->delivery.reset();
   receive_jobs_.give(std::move(job));
 }
 
 void Channel::post_payload(ReceiveJob& job, const core::Microbatch& microbatch, std::vector<int> without_gradient) {
   job.program = receive_program(microbatch);
-  if (!config_.fixed) check_announced(job);
+  if (config_.announces()) check_announced(job);
   job.incoming = job.program->take();
   flight_.set_bytes(job.flight, job.program->bytes_received);
   ReceiveProgram::Incoming& incoming = *job.incoming;
   incoming.without_gradient = std::move(without_gradient);
-  const auto options = at::TensorOptions().dtype(config_.dtype);
-  incoming.result = incoming.without_gradient.empty() ? at::empty(job.program->shape, options)
-                                                      : at::zeros(job.program->shape, options);
+  incoming.result = new_result(job);
+  if (!incoming.without_gradient.empty()) incoming.result.zero_();
+  if (groups_) return;  // until they are waited for
   post_receives(job);
   for (std::size_t index = 0; index < job.program->lane_receives.size(); ++index) {
     post_part(job, job.program->lane_receives[index], incoming.lane_receives, index, kLaneTag);
   }
+}
+
+at::Tensor Channel::new_result(ReceiveJob& job) {
+  const std::vector<std::int64_t>& shape = job.program->shape;
+  if (!staging_) return at::empty(shape, config_.options());
+  job.landing = staging_->land(shape, config_.dtype, *job.stream);
+  return host_pool_->take(shape, config_.dtype);
 }
 
 bool Channel::post_part(ReceiveJob& job, const Transfer& transfer, Slots& slots, std::size_t index, int kind) {
@@ -315,17 +355,23 @@ void Channel::receive(ReceiveJob& job, const std::function<void()>& caller) {
     nudged.channel.look_around(nudged.job);
     if (nudged.caller) nudged.caller();
   };
+  if (groups_) take_own(job);
   if (meets_itself_ && !job.has_local) {
     flight_.update(job.flight, FlightPhase::kItself, transport_.rank(), Times::now());
     job.local = take_local(job.sequence, poll);
     job.has_local = true;
   }
+  std::shared_ptr<const core::Microbatch> without_gradient;
   if (!job.incoming) {
     receive_headers(job, poll);
-    const std::shared_ptr<const core::Microbatch> microbatch = agree(job);
-    if (!job.incoming) return deliver(job, {}, microbatch);  // no sender has a gradient
+    without_gradient = agree(job);
   }
-  receive_payload(job, poll);
+  if (groups_) {
+    receive_in_rounds(job, poll);
+  } else if (job.incoming) {
+    receive_payload(job, poll);
+  }
+  if (!job.incoming) return deliver(job, {}, without_gradient);  // no sender has one
   deliver(job, job.incoming->result, job.program->microbatch);
 }
 
@@ -357,16 +403,7 @@ void Channel::receive_payload(ReceiveJob& job, const std::function<void()>& poll
       incoming.volume -= transfer.volume;
       post_receives(job);
     }
-    // Contributions are added in a fixed order, whatever the order of arrival: results are reproducible.
-    for (std::size_t place = stage.first_receive; place < stage.last_receive; ++place) {
-      const std::size_t index = program.unpack_order[place];
-      const Transfer& transfer = program.receives[index];
-      if (transfer.local) {
-        write_part(transfer, incoming.result, job.local.boxes.at(transfer.local_index).reshape({-1}));
-      } else {
-        incoming.receives.unpack(index, incoming.result);
-      }
-    }
+    unpack_stage(job, stage);
     for (std::size_t index = stage.first_send; index < stage.last_send; ++index) {
       const Transfer& copy = program.lane_sends[index];
       incoming.lane_sends.load(index, incoming.result);
@@ -383,6 +420,20 @@ void Channel::receive_payload(ReceiveJob& job, const std::function<void()>& poll
   // The tensor is handed out when the replicas have their copies: its new owner may change it in place.
   for (; lane_sends < program.lane_sends.size(); ++lane_sends) {
     wait(incoming.lane_sends[lane_sends].request, FlightPhase::kLaneCopyTo, program.lane_sends[lane_sends].peer);
+  }
+}
+
+void Channel::unpack_stage(ReceiveJob& job, const ReceiveOrder::Stage& stage) {
+  ReceiveProgram::Incoming& incoming = *job.incoming;
+  // Contributions are added in a fixed order, whatever the order of arrival: results are reproducible.
+  for (std::size_t place = stage.first_receive; place < stage.last_receive; ++place) {
+    const std::size_t index = job.program->unpack_order[place];
+    const Transfer& transfer = job.program->receives[index];
+    if (transfer.local) {
+      write_part(transfer, incoming.result, job.local.boxes.at(transfer.local_index).reshape({-1}));
+    } else {
+      incoming.receives.unpack(index, incoming.result);
+    }
   }
 }
 
@@ -409,7 +460,8 @@ void Channel::deliver(ReceiveJob& job, at::Tensor tensor, std::shared_ptr<const 
   counters_.transfer_ns.fetch_add(job.times.ended - job.times.started, std::memory_order_relaxed);
   const bool expects_backward = tensor.defined() && job.expects_backward;
   if (job.incoming) job.incoming->result.reset();
-  job.delivery->set(std::move(tensor), std::move(microbatch), expects_backward, job.times, bytes);
+  auto copy = staging_ && tensor.defined() ? stage_in(job, tensor) : nullptr;
+  job.delivery->set(std::move(tensor), std::move(microbatch), expects_backward, job.times, bytes, std::move(copy));
 }
 
 Channel::LocalItem Channel::take_local(std::int64_t sequence, const std::function<void()>& poll) {

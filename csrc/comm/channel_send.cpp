@@ -86,6 +86,7 @@ void Channel::post_headers(Header& header, const core::Microbatch& microbatch, S
 
 std::shared_ptr<Delivery> Channel::send(std::shared_ptr<SendProgram> program, const at::Tensor& given,
                                         bool expects_backward, std::int64_t forward_sequence, bool want_delivery) {
+  if (groups_) reap_flying();
   failure_.check();
   const c10::NoGradGuard no_grad;
   const bool tracing = trace_.on();
@@ -107,8 +108,9 @@ std::shared_ptr<Delivery> Channel::send(std::shared_ptr<SendProgram> program, co
     const bool lazy = given.is_conj() || given.is_neg();
     const at::Tensor x = lazy ? given.resolve_conj().resolve_neg() : given;
     job->payload = job->program->pool.take();
-    if (!job->payload) job->payload = std::make_unique<Slots>(transfers, config_.dtype);
-    for (std::size_t index = 0; index < transfers.size(); ++index) {
+    if (!job->payload) job->payload = std::make_unique<Slots>(transfers, config_.message_options(), staging_.get());
+    if (staging_) stage_out(*job, x, local);
+    for (std::size_t index = 0; !staging_ && index < transfers.size(); ++index) {
       if (transfers[index].local) {
         local.boxes.push_back(part_of(transfers[index], x.detach()));  // outlives the job
       } else {
@@ -129,26 +131,17 @@ std::shared_ptr<Delivery> Channel::send(std::shared_ptr<SendProgram> program, co
         local.header = std::move(header);
       }
     }
-    for (std::size_t index = 0; job->payload && index < transfers.size(); ++index) {
-      const Transfer& transfer = transfers[index];
-      if (transfer.local || transfer.with_header) continue;
-      Slot& slot = (*job->payload)[index];
-      if (transfer.eager > 0) {
-        slot.head_request = post(true, slot.head, transfer.index, transfer.peer, kEagerTag, send_name(), job->sequence);
-      }
-      if (!job->payload->has_message(index)) continue;
-      slot.request = post(true, job->payload->message(index), transfer.index, transfer.peer, kPayloadTag, send_name(),
-                          job->sequence);
-    }
+    if (!staging_ && !groups_) post_messages(*job);
+    if (groups_ && !is_receiver()) issue_sends(*job);
   } catch (const BridgeError&) {
     flight_.retire(job->flight, true, Times::now());
     failure_.set(std::current_exception());
     failure_.check();
   }
-  if (meets_itself_) {
-    const std::lock_guard lock(local_mutex_);
-    local_.push_back(std::move(local));
-    local_changed_.notify_all();
+  if (staging_) {
+    job->local = std::move(local);
+  } else if (meets_itself_) {
+    push_local(std::move(local));
   }
   ++next_send_;
   counters_.sends.fetch_add(1, std::memory_order_relaxed);
@@ -160,11 +153,44 @@ std::shared_ptr<Delivery> Channel::send(std::shared_ptr<SendProgram> program, co
     crowded = 2 * in_flight_ >= config_.max_in_flight;
   }
   auto delivery = job->delivery;
-  SendJob* raw = job.release();
   // torch.profiler cannot evaluate a profile that ends before gloo's messages do.
   const auto when = crowded || tracing || at::hasCallbacks() ? Worker::When::kNow : Worker::When::kSoon;
-  send_worker_->submit([this, raw] { run_send(std::unique_ptr<SendJob>(raw)); }, when);
+  if (stage_worker_) {
+    SendJob* raw = job.release();
+    stage_worker_->submit([this, raw, when] { run_staged_send(std::unique_ptr<SendJob>(raw), when); },
+                          Worker::When::kNow);
+  } else if (groups_ && is_receiver()) {
+    deferred_.push_back(std::move(job));
+  } else {
+    submit_send(std::move(job), when);
+  }
   return delivery;
+}
+
+void Channel::submit_send(std::unique_ptr<SendJob> job, Worker::When when) {
+  SendJob* raw = job.release();
+  send_worker_->submit([this, raw] { run_send(std::unique_ptr<SendJob>(raw)); }, when);
+}
+
+void Channel::post_messages(SendJob& job) {
+  const std::vector<Transfer>& transfers = job.program->transfers;
+  for (std::size_t index = 0; job.payload && index < transfers.size(); ++index) {
+    const Transfer& transfer = transfers[index];
+    if (transfer.local || transfer.with_header) continue;
+    Slot& slot = (*job.payload)[index];
+    if (transfer.eager > 0) {
+      slot.head_request = post(true, slot.head, transfer.index, transfer.peer, kEagerTag, send_name(), job.sequence);
+    }
+    if (!job.payload->has_message(index)) continue;
+    slot.request =
+        post(true, job.payload->message(index), transfer.index, transfer.peer, kPayloadTag, send_name(), job.sequence);
+  }
+}
+
+void Channel::push_local(LocalItem local) {
+  const std::lock_guard lock(local_mutex_);
+  local_.push_back(std::move(local));
+  local_changed_.notify_all();
 }
 
 void Channel::hurry_sends() {
@@ -180,6 +206,7 @@ bool Channel::wait_for_room(std::chrono::milliseconds limit) {
 void Channel::run_send(std::unique_ptr<SendJob> job) {
   std::exception_ptr failed;
   try {
+    if (staging_ || groups_) failure_.check();  // perhaps nothing was posted
     const auto wait = [&](Request& request, int peer) {
       if (!request) return;
       failure_.check();
@@ -193,6 +220,7 @@ void Channel::run_send(std::unique_ptr<SendJob> job) {
       wait((*job->payload)[index].head_request, job->program->transfers[index].peer);
       wait((*job->payload)[index].request, job->program->transfers[index].peer);
     }
+    if (groups_) wait_for_sent(*job);
   } catch (...) {
     failed = failure_.set(std::current_exception());
   }

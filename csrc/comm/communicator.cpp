@@ -42,18 +42,21 @@ class Communicator::Telling {
 };
 
 Communicator::Communicator(BridgeConfig config, std::unique_ptr<Transport> forward, std::unique_ptr<Transport> backward,
-                           int rank)
+                           int rank, std::unique_ptr<GroupTransport> forward_groups,
+                           std::unique_ptr<GroupTransport> backward_groups)
     : config_(std::move(config)),
       rank_(rank),
       generation_(fork_generation()),
       forward_transport_(std::move(forward)),
-      backward_transport_(std::move(backward)) {
+      backward_transport_(std::move(backward)),
+      forward_groups_(std::move(forward_groups)),
+      backward_groups_(std::move(backward_groups)) {
   if (!forward_transport_) return;
   Transport& back = backward_transport_ ? *backward_transport_ : *forward_transport_;
   forward_ = std::make_unique<Channel>(config_, *forward_transport_, failure_, forward_counters_, trace_, flight_,
-                                       core::Direction::kForward);
+                                       core::Direction::kForward, group_log_, forward_groups_.get());
   backward_ = std::make_unique<Channel>(config_, back, failure_, backward_counters_, trace_, flight_,
-                                        core::Direction::kBackward);
+                                        core::Direction::kBackward, group_log_, backward_groups_.get());
 }
 
 Communicator::~Communicator() {
@@ -76,6 +79,8 @@ void Communicator::abandon() {
   static_cast<void>(backward_.release());
   static_cast<void>(forward_transport_.release());
   static_cast<void>(backward_transport_.release());
+  static_cast<void>(forward_groups_.release());
+  static_cast<void>(backward_groups_.release());
 }
 
 void Communicator::close(bool abort, const std::string& reason) {
@@ -98,6 +103,12 @@ void Communicator::close(bool abort, const std::string& reason) {
     fail();
   }
   for (Channel* channel : {forward_.get(), backward_.get()}) {
+    try {
+      channel->drain(interrupt_check_);
+    } catch (...) {
+      interrupted = std::current_exception();
+      fail();
+    }
     while (!channel->close_within(kInterruptPeriod)) {
       if (interrupted || !interrupt_check_) continue;
       try {
@@ -112,6 +123,8 @@ void Communicator::close(bool abort, const std::string& reason) {
   backward_.reset();
   forward_transport_.reset();
   backward_transport_.reset();
+  forward_groups_.reset();
+  backward_groups_.reset();
   if (interrupted) std::rethrow_exception(interrupted);
   if (failure_.failed() && !told_) {
     told_ = true;
@@ -322,7 +335,7 @@ std::shared_ptr<Delivery> Communicator::send_backward(const at::Tensor& gradient
                                   text_of(gradient.sizes()));
     }
   } else if (config_.fixed) {
-    payload = at::zeros(program->shape, at::TensorOptions().dtype(config_.dtype));  // no header could say "none"
+    payload = at::zeros(program->shape, config_.options());  // no header could say "none"
   }
   wait_for_room(*backward_, false, kOperation);
   const bool unpaired = received_.empty();
@@ -379,6 +392,7 @@ at::Tensor Communicator::finish(Delivery& delivery, std::int64_t began) {
                                         delivery.is_send() ? FlightCaller::In::kSend : FlightCaller::In::kReceive,
                                         delivery.is_forward(), delivery.sequence(), began);
   if (delivery.is_send() && forward_) {
+    (delivery.is_forward() ? *forward_ : *backward_).check_not_deferred(delivery.sequence());
     // Nobody looks after sends at once unless somebody waits.
     forward_->hurry_sends();
     backward_->hurry_sends();
@@ -387,8 +401,11 @@ at::Tensor Communicator::finish(Delivery& delivery, std::int64_t began) {
   }
   while (!delivery.wait_for(kInterruptPeriod)) {
     if (interrupt_check_) interrupt_check_();
+    if (config_.carrier == Carrier::kGroups) failure_.check();  // what is deferred may never end
     if (!delivery.is_send() && forward_) (delivery.is_forward() ? *forward_ : *backward_).nudge_receives();
   }
+  delivery.check();
+  if (const auto copy = delivery.copy()) order_after(*copy, delivery);
   at::Tensor tensor = delivery.take();
   if (delivery.is_send()) return tensor;
   const std::int64_t ended = Times::now();
@@ -397,6 +414,25 @@ at::Tensor Communicator::finish(Delivery& delivery, std::int64_t began) {
     trace_.add({false, delivery.is_forward(), delivery.sequence(), delivery.bytes(), delivery.times(), began, ended});
   }
   return tensor;
+}
+
+void Communicator::order_after(Copy& copy, const Delivery& delivery) {
+  const auto deadline = std::chrono::steady_clock::now() + config_.timeout;
+  const std::string head = where(delivery.is_forward() ? "recv_forward" : "recv_backward") + " of microbatch " +
+                           std::to_string(delivery.sequence()) + ": copy to the device: ";
+  try {
+    while (!copy.order(kInterruptPeriod)) {
+      failure_.check();
+      if (interrupt_check_) interrupt_check_();
+      if (std::chrono::steady_clock::now() > deadline) {
+        throw BridgeTimeoutError(head + "not complete within the bridge's timeout");
+      }
+    }
+  } catch (const BridgeError&) {
+    std::rethrow_exception(failure_.set(std::current_exception()));
+  } catch (const c10::Error& error) {
+    std::rethrow_exception(failure_.set(std::make_exception_ptr(BridgeError(head + error.what_without_backtrace()))));
+  }
 }
 
 at::Tensor Communicator::wait(Delivery& delivery) {

@@ -28,7 +28,10 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
  public:
   /// `forward` carries what belongs to the forward direction. Where `backward` is null it carries both. Null on a rank
   /// that is on neither side; every operation then throws.
-  Communicator(BridgeConfig config, std::unique_ptr<Transport> forward, std::unique_ptr<Transport> backward, int rank);
+  /// The groups carry the payload where it goes in groups: with Carrier::kGroups both are given.
+  Communicator(BridgeConfig config, std::unique_ptr<Transport> forward, std::unique_ptr<Transport> backward, int rank,
+               std::unique_ptr<GroupTransport> forward_groups = nullptr,
+               std::unique_ptr<GroupTransport> backward_groups = nullptr);
   ~Communicator();
 
   bool is_source() const { return forward_ && forward_->is_sender(); }
@@ -65,8 +68,11 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   /// Of one direction.
   Counters& counters(bool is_forward) { return is_forward ? forward_counters_ : backward_counters_; }
   Trace& trace() { return trace_; }
+  GroupLog& group_log() { return group_log_; }
   const FlightRecorder& flight() const { return flight_; }
   bool failed() const { return failure_.failed(); }
+  /// Staged: buffers that received microbatches have been put together in, so far; both directions.
+  std::int64_t host_buffers() const { return forward_ ? forward_->host_buffers() + backward_->host_buffers() : 0; }
 
   /// Forward microbatches whose gradient has not been asked for yet: {as source, as destination}.
   std::pair<std::size_t, std::size_t> outstanding() const { return {sent_.size(), received_.size()}; }
@@ -106,11 +112,14 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   const std::uint64_t generation_;
   std::unique_ptr<Transport> forward_transport_;
   std::unique_ptr<Transport> backward_transport_;  ///< null: the same as forward
+  std::unique_ptr<GroupTransport> forward_groups_;
+  std::unique_ptr<GroupTransport> backward_groups_;
   Failure failure_;
   bool told_ = false;  ///< an operation has thrown the failure
   Counters forward_counters_;
   Counters backward_counters_;
   Trace trace_;
+  GroupLog group_log_;
   FlightRecorder flight_;
   std::unique_ptr<Channel> forward_;
   std::unique_ptr<Channel> backward_;
@@ -136,6 +145,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void note_received(const std::shared_ptr<Delivery>& delivery);
   void note_backward_posted();
   at::Tensor finish(Delivery& delivery, std::int64_t began);
+  /// What the caller enqueues from now on comes after the copy.
+  void order_after(Copy& copy, const Delivery& delivery);
   /// Microbatches that their sender does not want a gradient for (it ran under no_grad) are passed over.
   void skip_without_backward();
 

@@ -156,6 +156,13 @@ std::vector<std::int64_t> counts_of(const BridgeConfig& config, const core::RowS
 
 }  // namespace
 
+Carrier parse_carrier(const std::string& text) {
+  if (text == "direct") return Carrier::kDirect;
+  if (text == "staged") return Carrier::kStaged;
+  if (text == "groups") return Carrier::kGroups;
+  throw std::invalid_argument("carrier: expected direct, staged or groups, got '" + text + "'");
+}
+
 core::Microbatch describe_microbatch(const BridgeConfig& config, const at::Tensor& x, int lane, int member,
                                      const std::optional<std::vector<std::int64_t>>& row_counts,
                                      std::optional<std::int64_t> num_samples,
@@ -197,8 +204,10 @@ void check_tensor(const BridgeConfig& config, const at::Tensor& x, const std::st
   std::ostringstream problem;
   if (x.layout() != at::kStrided) {
     problem << "expected a strided tensor, got layout " << x.layout();
-  } else if (!x.device().is_cpu()) {
+  } else if (x.device() != config.device && config.device.is_cpu()) {
     problem << "expected a CPU tensor (this bridge runs over gloo), got device " << x.device();
+  } else if (x.device() != config.device) {
+    problem << "expected a tensor on " << config.device << ", got device " << x.device();
   } else if (x.dim() != config.ndim) {
     problem << "expected a tensor of " << config.ndim << " axes, got shape " << x.sizes();
   } else if (std::any_of(x.sizes().begin(), x.sizes().end(), [](auto size) { return size > core::kMaxElements; })) {

@@ -14,6 +14,15 @@
 
 namespace mimo_ext::comm {
 
+/// How tensors reach the process group.
+enum class Carrier : std::uint8_t {
+  kDirect,  ///< as they are, messages one by one, a thread waits for them
+  kStaged,  ///< through host memory
+  kGroups,  ///< as they are, in groups that nobody waits for where the device has streams
+};
+/// "direct", "staged", "groups". Throws std::invalid_argument.
+Carrier parse_carrier(const std::string& text);
+
 struct BridgeConfig {
   std::string name;  ///< of the edge, for messages: "images -> language"
   std::shared_ptr<const core::Sides> sides;
@@ -28,9 +37,19 @@ struct BridgeConfig {
   bool unpaired_backward = false;  ///< gradients may travel before (or without) the forward microbatch they belong to
   int tag_offset = 0;              ///< first of the 16 tags of this bridge in its process groups
   std::uint64_t hash = 0;          ///< of all of the above that must be equal on every rank
+  c10::Device device = at::kCPU;   ///< of the tensors that are sent and received, on this rank
+  Carrier carrier = Carrier::kDirect;
+  std::chrono::microseconds copy_delay{0};  ///< of imitated copies (staged tensors of the CPU)
   const core::Boundary& source = sides->source();
   const core::Boundary& destination = sides->destination();
 
+  at::TensorOptions options() const { return at::TensorOptions().dtype(dtype).device(device); }
+  /// Of what messages are made of.
+  at::TensorOptions message_options() const {
+    return carrier == Carrier::kGroups ? options() : at::TensorOptions().dtype(dtype);
+  }
+  /// Whether headers take payload with them: where it is at hand when they leave.
+  bool announces() const { return !fixed && carrier == Carrier::kDirect; }
   core::Plan plan(const core::Microbatch& microbatch, core::Direction direction) const {
     return core::Plan(sides, microbatch, direction, plan_options);
   }
@@ -51,7 +70,7 @@ core::Microbatch describe_microbatch(const BridgeConfig& config, const at::Tenso
 core::Microbatch describe_unpaired_gradient(const BridgeConfig& config, const at::Tensor& gradient, int lane,
                                             int member);
 
-/// Throws std::invalid_argument unless `x` is a strided CPU tensor of the bridge's dtype and number of axes.
+/// Throws std::invalid_argument unless `x` is a strided tensor of the bridge's device, dtype and number of axes.
 void check_tensor(const BridgeConfig& config, const at::Tensor& x, const std::string& module, int rank,
                   const char* operation);
 

@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 
+#include "comm/staging.h"
 #include "core/plan.h"
 
 namespace mimo_ext::comm {
@@ -34,6 +35,7 @@ class Delivery {
     done_ = false;
     tensor_.reset();
     microbatch_.reset();
+    copy_.reset();
     error_ = nullptr;
   }
 
@@ -66,11 +68,14 @@ class Delivery {
   bool expects_backward() const { return expects_backward_; }
   const Times& times() const { return times_; }
   std::int64_t bytes() const { return bytes_; }
+  /// The copy that still fills the tensor; null where there is none.
+  const std::shared_ptr<Copy>& copy() const { return copy_; }
 
   void set(at::Tensor tensor, std::shared_ptr<const core::Microbatch> microbatch, bool expects_backward, Times times,
-           std::int64_t bytes) {
+           std::int64_t bytes, std::shared_ptr<Copy> copy = nullptr) {
     const std::lock_guard lock(mutex_);
     tensor_ = std::move(tensor);
+    copy_ = std::move(copy);
     microbatch_ = std::move(microbatch);
     expects_backward_ = expects_backward;
     times_ = times;
@@ -95,6 +100,7 @@ class Delivery {
   mutable std::condition_variable ended_;
   bool done_ = false;
   at::Tensor tensor_;
+  std::shared_ptr<Copy> copy_;
   std::shared_ptr<const core::Microbatch> microbatch_;
   bool expects_backward_ = false;
   Times times_;

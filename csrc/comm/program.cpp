@@ -22,13 +22,17 @@ void find_peers(std::vector<Transfer>& transfers, const Transport& transport) {
 
 }  // namespace
 
-Slots::Slots(const std::vector<Transfer>& transfers, at::ScalarType dtype)
-    : transfers_(transfers), dtype_(dtype), nothing_(at::empty({0}, dtype).storage()), slots_(transfers.size()) {}
+Slots::Slots(const std::vector<Transfer>& transfers, const at::TensorOptions& options, const Staging* staging)
+    : transfers_(transfers),
+      options_(options),
+      staging_(staging),
+      nothing_(at::empty({0}, options).storage()),
+      slots_(transfers.size()) {}
 
 void Slots::point(std::vector<at::Tensor>& tensor, const at::Tensor& whole, std::int64_t offset,
                   std::int64_t volume) const {
   if (tensor.empty()) {
-    tensor.push_back(at::empty({0}, dtype_));
+    tensor.push_back(at::empty({0}, options_));
     tensor.front().unsafeGetTensorImpl()->set_sizes_contiguous({volume});
   }
   at::TensorImpl* impl = tensor.front().unsafeGetTensorImpl();
@@ -53,7 +57,11 @@ void Slots::divide(std::size_t index) {
 void Slots::stage(std::size_t index) {
   Slot& slot = slots_[index];
   slot.staged = true;
-  if (slot.staging.empty()) slot.staging.push_back(at::empty({transfers_[index].volume}, dtype_));
+  if (slot.staging.empty()) {
+    const std::int64_t volume = transfers_[index].volume;
+    slot.staging.push_back(staging_ ? staging_->host_memory({volume}, c10::typeMetaToScalarType(options_.dtype()))
+                                    : at::empty({volume}, options_));
+  }
   divide(index);
 }
 
@@ -93,31 +101,33 @@ void write_part(const Transfer& transfer, const at::Tensor& result, const at::Te
 }
 
 std::int64_t eager_bytes_of(const BridgeConfig& config, int sender_lanes, int receiver_lanes) {
-  return config.fixed ? 0 : eager_bytes_of(sender_lanes, receiver_lanes);
+  return config.announces() ? eager_bytes_of(sender_lanes, receiver_lanes) : 0;
 }
 
 SendProgram::SendProgram(const BridgeConfig& config, const Transport& transport, const core::Microbatch& of,
                          core::Direction direction, std::pair<int, int> place)
-    : SendOrder(send_order(config.plan(of, direction), transport.rank(), place, !config.fixed)),
+    : SendOrder(send_order(config.plan(of, direction), transport.rank(), place, config.announces())),
       microbatch(std::make_shared<const core::Microbatch>(of)),
-      bytes(bytes_of(transfers, of.element_size)) {
+      bytes(bytes_of(transfers, of.element_size)),
+      rounds(config.carrier == Carrier::kGroups ? send_rounds(*this) : std::vector<std::vector<std::size_t>>{}) {
   find_peers(transfers, transport);
 }
 
 ReceiveProgram::ReceiveProgram(const BridgeConfig& config, const Transport& transport, const core::Microbatch& of,
                                core::Direction direction, std::pair<int, int> place)
-    : ReceiveOrder(receive_order(config.plan(of, direction), transport.rank(), place, !config.fixed)),
+    : ReceiveOrder(receive_order(config.plan(of, direction), transport.rank(), place, config.announces())),
       microbatch(std::make_shared<const core::Microbatch>(of)),
-      dtype(config.dtype),
+      options(config.message_options()),
       bytes_received(bytes_of(receives, of.element_size) + bytes_of(lane_receives, of.element_size)),
-      bytes_forwarded(bytes_of(lane_sends, of.element_size)) {
+      bytes_forwarded(bytes_of(lane_sends, of.element_size)),
+      rounds(config.carrier == Carrier::kGroups ? receive_rounds(*this) : std::vector<ReceiveRound>{}) {
   for (std::vector<Transfer>* list : {&receives, &lane_sends, &lane_receives}) find_peers(*list, transport);
 }
 
 ReceiveProgram::Incoming::Incoming(const ReceiveProgram& program)
-    : receives(program.receives, program.dtype),
-      lane_sends(program.lane_sends, program.dtype),
-      lane_receives(program.lane_receives, program.dtype) {}
+    : receives(program.receives, program.options),
+      lane_sends(program.lane_sends, program.options),
+      lane_receives(program.lane_receives, program.options) {}
 
 bool ReceiveProgram::Incoming::skips(int sender_lane) const {
   return std::find(without_gradient.begin(), without_gradient.end(), sender_lane) != without_gradient.end();

@@ -14,6 +14,8 @@
 #include <vector>
 
 #include "comm/config.h"
+#include "comm/rounds.h"
+#include "comm/staging.h"
 #include "comm/transfers.h"
 #include "comm/transport.h"
 #include "core/plan.h"
@@ -34,7 +36,8 @@ struct Slot {
 /// The slots of a list of transfers.
 class Slots {
  public:
-  Slots(const std::vector<Transfer>& transfers, at::ScalarType dtype);
+  /// Of tensors with `options`. `staging`: what is not sent or received in place waits in its memory.
+  Slots(const std::vector<Transfer>& transfers, const at::TensorOptions& options, const Staging* staging = nullptr);
 
   std::size_t size() const { return slots_.size(); }
   Slot& operator[](std::size_t index) { return slots_[index]; }
@@ -42,7 +45,12 @@ class Slots {
   void load(std::size_t index, const at::Tensor& x);
   /// Makes transfer `index` arrive in the contiguous `result` itself, or beside it.
   void aim(std::size_t index, const at::Tensor& result);
-  /// What load() or aim() has prepared.
+  /// Makes transfer `index` carry what the caller writes into the tensor that is returned.
+  at::Tensor& beside(std::size_t index) {
+    stage(index);
+    return slots_[index].staging.front();
+  }
+  /// What load(), aim() or beside() has prepared.
   std::vector<at::Tensor>& tensor(std::size_t index) {
     return slots_[index].staged ? slots_[index].staging : slots_[index].view;
   }
@@ -64,7 +72,8 @@ class Slots {
   void point(std::vector<at::Tensor>& tensor, const at::Tensor& whole, std::int64_t offset, std::int64_t volume) const;
 
   const std::vector<Transfer>& transfers_;
-  at::ScalarType dtype_;
+  at::TensorOptions options_;
+  const Staging* staging_;
   at::Storage nothing_;
   std::vector<Slot> slots_;
 };
@@ -102,7 +111,8 @@ class SendProgram : public SendOrder {
               core::Direction direction, std::pair<int, int> place);
 
   const std::shared_ptr<const core::Microbatch> microbatch;
-  const std::int64_t bytes;  ///< sent to others
+  const std::int64_t bytes;                            ///< sent to others
+  const std::vector<std::vector<std::size_t>> rounds;  ///< where messages go in groups
   Pool<Slots> pool;
 };
 
@@ -128,9 +138,10 @@ class ReceiveProgram : public ReceiveOrder {
   void give(std::unique_ptr<Incoming> incoming);
 
   const std::shared_ptr<const core::Microbatch> microbatch;
-  const at::ScalarType dtype;
+  const at::TensorOptions options;    ///< of what is put together
   const std::int64_t bytes_received;  ///< from others
   const std::int64_t bytes_forwarded;
+  const std::vector<ReceiveRound> rounds;  ///< where messages go in groups
 
  private:
   Pool<Incoming> pool_;

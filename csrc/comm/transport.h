@@ -41,6 +41,14 @@ class Request {
   /// Throws TransportError where the message has failed, without waiting. By the thread that waits.
   void probe();
 
+  // Messages on a stream:
+  /// What the calling thread enqueues on its current stream from now on comes after them. Throws TransportError.
+  void order();
+  /// Never waits. Throws TransportError where they have failed.
+  bool complete();
+  /// The same messages.
+  Request share() const { return Request(work_); }
+
  private:
   c10::intrusive_ptr<c10d::Work> work_;
 };

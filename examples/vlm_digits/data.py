@@ -66,6 +66,11 @@ class NumberBatch:
         """The samples of lane `index` of `lanes`: ``[floor(index * B / lanes), floor((index + 1) * B / lanes))``."""
         return self.samples(index * len(self) // lanes, (index + 1) * len(self) // lanes)
 
+    def to(self, device: torch.device) -> NumberBatch:
+        """The same batch with its tensors on `device`."""
+        tensors = (self.input_ids, self.labels, self.loss_mask, self.position_ids)
+        return NumberBatch(self.images.to(device), self.counts, *(tensor.to(device) for tensor in tensors))
+
     def numbers(self) -> list[str]:
         """The numbers shown, as text."""
         return [as_text(row[mask.bool()].tolist()) for row, mask in zip(self.labels, self.loss_mask, strict=True)]

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,13 +37,21 @@ def train_rank(
     timeout: float,
     timeline_picture: Path | None = None,
     overlap: bool = True,
+    device: str = "cpu",
+    transport: str | None = None,
 ) -> None:
-    """Train on this rank of a torchrun job and, on rank 0, report. The last line of standard output is the result."""
+    """Train on this rank of a torchrun job and, on rank 0, report. The last line of standard output is the result.
+
+    With `device` "cuda" ranks share what GPUs there are, and all that they say to one another goes over gloo.
+    """
     torch.set_num_threads(1)
     check_world(layout, int(os.environ["WORLD_SIZE"]))
-    with cpu():
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    with cpu():  # without effect where CUDA is in sight
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-        _train(layout, recipe, picture, timedelta(seconds=timeout), timeline_picture, overlap)
+        trainer = partial(Trainer, timeout=timedelta(seconds=timeout), device=device, transport=transport)
+        _train(layout, recipe, picture, trainer, timeline_picture, overlap)
         dist.destroy_process_group()
 
 
@@ -49,13 +59,13 @@ def _train(
     layout: VlmLayout,
     recipe: Recipe,
     picture: Path,
-    timeout: timedelta,
+    make_trainer: Callable[..., Trainer],
     timeline_picture: Path | None,
     overlap: bool,
 ) -> None:
     reports = dist.get_rank() == 0
     numbers = Numbers(recipe.seed)
-    trainer = Trainer(layout, numbers, recipe, timeout=timeout, overlap=overlap)
+    trainer = make_trainer(layout, numbers, recipe, overlap=overlap)
     watched = numbers.batch(TEST, 0, _at_least(WATCHED_NUMBERS, recipe.batch))
     watch_every = max(1, recipe.steps // 16)
     history = History()
@@ -103,6 +113,8 @@ def _train(
             "seed": recipe.seed,
             "layout": str(layout),
             "ranks": layout.world_size,
+            "device": trainer.device.type,
+            "transport": "none" if trainer.bridge is None else trainer.bridge.transport,
             "picture": str(picture.resolve()),
         }
         if timeline_picture is not None:

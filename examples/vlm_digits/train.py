@@ -5,6 +5,7 @@
     python examples/vlm_digits/train.py --layout "images: tp=2,dp=2; language: dp=2,pp=2"
     torchrun --nproc-per-node 4 examples/vlm_digits/train.py --layout "images: dp=2; language: tp=2"
     python examples/vlm_digits/train.py --layout "images: ranks=0-3,tp=2,dp=2; language: ranks=0-3,dp=4"
+    python examples/vlm_digits/train.py --device cuda
     python examples/vlm_digits/train.py --check
 
 Run by itself it starts the ranks that the layout needs, all on this machine; under torchrun it is one of the ranks.
@@ -63,6 +64,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=True,
         help="let transfers between modules on ranks of their own run while the ranks compute (default: yes)",
     )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="what the ranks compute on; several of them may share a GPU (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--transport",
+        choices=("gloo", "staged", "groups"),
+        help="what carries the tensors between the modules (default: gloo for the CPU, staged for CUDA)",
+    )
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for a peer (default: %(default)s)")
     parser.add_argument(
         "--check",
@@ -82,6 +94,24 @@ def usual_batch(layout: VlmLayout, microbatches: int) -> int:
     return -(-USUAL_BATCH // unit) * unit
 
 
+def check_device(options: argparse.Namespace) -> None:
+    """Raises LayoutError for a device that is not there, and a transport that does not go with it."""
+    if options.device == "cpu":
+        return
+    if options.check:
+        raise LayoutError("--check compares on the CPU: expected --device cpu")
+    if options.transport not in (None, "staged"):
+        raise LayoutError(f"--transport {options.transport} carries tensors of the CPU: expected staged")
+    import torch
+
+    import mimo_ext
+
+    if not torch.cuda.is_available():
+        raise LayoutError("--device cuda: torch finds no CUDA device here; leave --device out to train on the CPU")
+    if not mimo_ext.has_cuda():
+        raise LayoutError("--device cuda: mimo_ext was built without its CUDA kernels; build it with MIMO_EXT_CUDA=1")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The program; returns the exit code for the shell."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -95,6 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_batch(layout, batch, options.microbatches)
         if options.timeline is not None and layout.colocated:
             raise LayoutError("--timeline shows the pipeline between modules on ranks of their own")
+        check_device(options)
         if is_rank:
             check_world(layout, int(os.environ["WORLD_SIZE"]))
     except LayoutError as error:
@@ -104,7 +135,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"this cannot work (--layout '{options.layout}'): {error}", file=sys.stderr)
         return 2
     quiet()
-    hide_gpus()
+    if options.device == "cpu":
+        hide_gpus()
     if options.check:
         from vlm_digits.check import COLOCATED_LAYOUTS, LAYOUTS, check_layouts, check_matrix
 
@@ -130,7 +162,16 @@ def main(arguments: list[str] | None = None) -> int:
             lr=options.lr,
             warmup=min(100, options.steps // 8),
         )
-        train_rank(layout, recipe, options.picture, options.timeout, options.timeline, options.overlap)
+        train_rank(
+            layout,
+            recipe,
+            options.picture,
+            options.timeout,
+            options.timeline,
+            options.overlap,
+            options.device,
+            options.transport,
+        )
 
     return run_rank(train)
 

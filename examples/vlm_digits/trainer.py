@@ -102,6 +102,8 @@ class Trainer:
         links: between the modules, for the bridge's choice of how replicas come by their copies; default: its own.
         path: that choice itself; default "auto".
         extra_warmup: with `overlap`: microbatches that each stage computes ahead of the next one, beyond those of 1F1B.
+        device: that this rank trains on: the CPU, or the current CUDA device.
+        transport: what carries the tensors between the ranks, as of `mimo_ext.Bridge`; default: the ranks choose.
     """
 
     def __init__(
@@ -115,7 +117,10 @@ class Trainer:
         extra_warmup: int = 0,
         links: Links | None = None,
         path: str | None = None,
+        device: torch.device | str = "cpu",
+        transport: str | None = None,
     ) -> None:
+        self.device = torch.device(device)
         self.layout, self.numbers, self.recipe = layout, numbers, recipe
         self.overlap, self.extra_warmup = overlap, extra_warmup
         self.modules = layout.modules_of(dist.get_rank())
@@ -134,7 +139,7 @@ class Trainer:
         self.config = get_model_config(self.model)
         self.communicator: Any = None  # or that of another implementation: Megatron's schedule takes any
         if layout.colocated:
-            self.model.build_bridges(timeout)
+            self.model.build_bridges(timeout, transport)
         else:
             self.communicator = MultiModulePipelineCommunicator(
                 self.infra.module_to_grid_map,
@@ -143,7 +148,8 @@ class Trainer:
                 dim_mapping=dict(AXES),
                 module_output_ndim=self.infra.module_output_ndim,
                 timeout=timeout,
-                device="cpu",
+                device=self.device,
+                transport=transport,
                 model=self.model,
                 links=links,
                 path=path,
@@ -250,7 +256,7 @@ class Trainer:
         if self.computes_loss and self.pg_collection[LANGUAGE].tp.rank() == 0:
             language = self.modules[LANGUAGE]
             lane, share = language.lane(dist.get_rank()), chosen.size(1) // language.dp
-            chosen[:, lane * share : (lane + 1) * share] = torch.stack(found)
+            chosen[:, lane * share : (lane + 1) * share] = torch.stack(found).cpu()
         dist.all_reduce(chosen)
         return chosen.flatten(0, 1)
 
@@ -283,7 +289,7 @@ class Trainer:
     def _lane(self, name: str, microbatch: NumberBatch) -> NumberBatch:
         """The samples of this rank's lane of module `name`. Modules on the same ranks may have different lanes."""
         module = self.modules[name]
-        return microbatch.lane(module.lane(dist.get_rank()), module.dp)
+        return microbatch.lane(module.lane(dist.get_rank()), module.dp).to(self.device)
 
     def _forward(
         self,

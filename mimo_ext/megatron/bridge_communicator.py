@@ -53,7 +53,7 @@ class BridgeCommunicator(_MegatronBridge):
         device: where received tensors live; default the current CUDA device if the default group is NCCL's, else the
             CPU.
         max_in_flight: microbatches per direction that are sent but not yet received; a further send waits.
-        path, links: as of `Bridge`: how the replicas of a lane come by their copies.
+        path, links, transport: as of `Bridge`: how the replicas of a lane come by their copies, and what carries them.
         setup: as of `Bridge`: set it up together with others.
 
     Attributes:
@@ -96,6 +96,7 @@ class BridgeCommunicator(_MegatronBridge):
         max_in_flight: int | None = None,
         path: str | None = None,
         links: Links | None = None,
+        transport: str | None = None,
         setup: Setup | None = None,
     ) -> None:
         self.src_grid, self.dest_grid = src_grid, dest_grid
@@ -119,6 +120,7 @@ class BridgeCommunicator(_MegatronBridge):
             kind = type(error) if type(error) in (TypeError, ValueError) else ValueError
             raise kind(f"bridge '{name}', rank {self.current_rank}: {error}") from error
         given = {"timeout": timeout, "max_in_flight": max_in_flight, "path": path, "links": links, "setup": setup}
+        given["transport"] = transport
         options.update({key: value for key, value in given.items() if value is not None})
         # Gradients may come first, or alone: Megatron's class allows both.
         options["unpaired_backward"] = True

@@ -58,6 +58,7 @@ class ColocatedBridges:
         grids: module name -> grid; all of the same ranks, without pipeline stages.
         dtype: in which rows and their gradients travel.
         device: of the rows.
+        transport: what carries them, as of `mimo_ext.Bridge`.
         timeout: how long any wait for a peer may last; default that of `mimo_ext.Bridge`.
         sharded: where each rank of the language model receives the rows of its own part of the sequence only.
 
@@ -73,6 +74,7 @@ class ColocatedBridges:
         dtype: torch.dtype,
         *,
         device: torch.device | str = "cpu",
+        transport: str | None = None,
         timeout: timedelta | None = None,
         sharded: ShardedDelivery | None = None,
     ) -> None:
@@ -89,7 +91,8 @@ class ColocatedBridges:
                 for name in self.names:
                     encoder = Layout.from_grid(grids[name], name=name)
                     what = f"{name} -> {MIMO_LANGUAGE_MODULE_KEY}"
-                    rows = Bridge(encoder, language, dtype=dtype, device=device, name=what, setup=setup, **options)
+                    carried = {**options, "device": device, "transport": transport}
+                    rows = Bridge(encoder, language, dtype=dtype, name=what, setup=setup, **carried)
                     self._edges[name] = _Edge(name, rows)
                     self._edges[name].counts = Bridge(
                         language, encoder, dtype=torch.int64, name=f"row counts of {what}", setup=setup, **options

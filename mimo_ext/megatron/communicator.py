@@ -105,6 +105,7 @@ class MultiModulePipelineCommunicator(PipelineHooks, _MegatronCommunicator):
             that was built with this very `config` (``get_model_config(model)``). True: raise where that is not so.
         path, links: as of `Bridge`: how the ranks of a lane that hold the same come by their copies between modules,
             and what links "auto" chooses that for.
+        transport: as of `Bridge`: what carries the tensors; of all bridges.
 
     Raises:
         ValueError, TypeError: arguments that cannot work; rank, module, expected and got are named.
@@ -125,6 +126,7 @@ class MultiModulePipelineCommunicator(PipelineHooks, _MegatronCommunicator):
         sharded_delivery: bool | None = None,
         path: str | None = None,
         links: Links | None = None,
+        transport: str | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise RuntimeError("expected an initialised default process group (torch.distributed.init_process_group)")
@@ -135,7 +137,7 @@ class MultiModulePipelineCommunicator(PipelineHooks, _MegatronCommunicator):
         self.module_output_ndim = {} if module_output_ndim is None else module_output_ndim
         self.current_rank = dist.get_rank()
         self.timeout = timeout
-        self._path, self._link_model = path, links
+        self._path, self._link_model, self._transport = path, links, transport
         self.bridge_comms: list[BridgeCommunicator] = []
         self.rank_module_map: dict[str, RankModuleInfo] = {}
         self._hops: dict[tuple[str, int], Bridge] = {}  # (module, stage) -> bridge from that stage to the next
@@ -208,7 +210,8 @@ class MultiModulePipelineCommunicator(PipelineHooks, _MegatronCommunicator):
     def _bridge_options(self) -> dict[str, Any]:
         # 1F1B has at most one microbatch per stage under way; this bounds the forward-only schedule, too.
         options: dict[str, Any] = {"device": self.device, "max_in_flight": self.total_stages + 1, "setup": self._setup}
-        return options if self.timeout is None else {**options, "timeout": self.timeout}
+        given = {"timeout": self.timeout, "transport": self._transport}
+        return {**options, **{key: value for key, value in given.items() if value is not None}}
 
     def _build_bridge_comms(self) -> None:
         """Describe one bridge per edge of the topology: on every rank, in one sorted order."""

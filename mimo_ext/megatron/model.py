@@ -200,13 +200,14 @@ class MimoModel(_CoreMimoModel):
                 return f"expected MimoModel's own {method}, got that of {type(self).__name__}"
         return None
 
-    def build_bridges(self, timeout: timedelta | None = None) -> None:
+    def build_bridges(self, timeout: timedelta | None = None, transport: str | None = None) -> None:
         """Build the bridges between modules on the same ranks now, not in the first forward. Collective.
 
         Does nothing where there are none to build, or where they have been built.
 
         Args:
             timeout: how long a wait for a peer may last before it raises; default that of `mimo_ext.Bridge`.
+            transport: what carries the rows, as of `mimo_ext.Bridge`.
         """
         if self._bridges is not None or not self._random_states:
             return
@@ -214,7 +215,12 @@ class MimoModel(_CoreMimoModel):
         dtype = getattr(config, "pipeline_dtype", None) or getattr(config, "params_dtype", None) or torch.float32
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         self._bridges = ColocatedBridges(
-            self.mimo_config.module_to_grid_map, dtype, device=device, timeout=timeout, sharded=self._sharded_here
+            self.mimo_config.module_to_grid_map,
+            dtype,
+            device=device,
+            transport=transport,
+            timeout=timeout,
+            sharded=self._sharded_here,
         )
 
     @property

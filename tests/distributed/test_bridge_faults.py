@@ -96,7 +96,7 @@ def bad_arguments(rank: int, world_size: int) -> None:
         ({"ndim": 4}, ValueError, "ndim: expected 2 or 3, got 4"),
         ({"ndim": 2, "batch_dim": 1}, ValueError, "expected batch_dim=0"),
         ({"ndim": 3, "batch_dim": 1, "seq_dim": 1}, ValueError, "two axes"),
-        ({"device": "cuda"}, NotImplementedError, "device 'cuda' is not supported yet"),
+        ({"device": "meta"}, NotImplementedError, "device 'meta' is not supported"),
         ({"max_in_flight": 0}, ValueError, "max_in_flight must be positive, got 0"),
         ({"path": "fast"}, ValueError, "path: expected one of auto, pipelined, direct, leader, got 'fast'"),
         ({"max_chunks": 0}, ValueError, "max_chunks must be positive, got 0"),

@@ -18,7 +18,7 @@ from launch import launch, run_ranks
 import mimo_ext
 from mimo_ext import Layout
 from mimo_ext._agreement import Meeting
-from mimo_ext._groups import connect
+from mimo_ext._groups import Connection, connect
 from mimo_ext._setup import Setup
 
 SHORT = timedelta(seconds=3)
@@ -135,7 +135,7 @@ def settled(number: int) -> bool:
 def counted(rank: int, world_size: int) -> None:
     before = threads()
     meetings = [Meeting("a test") for _ in range(3)]
-    held = [groups for meeting in meetings for groups in connect(meeting, [(range(4), "a test")]) if groups]
+    held = [groups for meeting in meetings for groups in connect(meeting, [Connection(range(4), "a test")]) if groups]
     assert len(held) == 3
     assert settled(before + 2)  # a device per direction
     for groups in held:
