@@ -70,6 +70,7 @@ SOURCES = [
     "csrc/comm/channel_rounds.cpp",
     "csrc/comm/channel_send.cpp",
     "csrc/comm/channel_staged.cpp",
+    "csrc/comm/channel_turns.cpp",
     "csrc/comm/config.cpp",
     "csrc/comm/communicator.cpp",
     "csrc/bindings/core_py.cpp",

@@ -50,6 +50,16 @@ class Groups:
     devices: tuple[_Devices, ...]
     payload: tuple[dist.ProcessGroup, dist.ProcessGroup]
 
+    def close(self, abort: bool) -> None:
+        """End the communicators of NCCL; others end when nobody holds them. `abort`: whatever they do."""
+        for group in self.payload:
+            if group is self.forward or group is self.backward:
+                continue
+            if abort:
+                group.abort()
+            else:
+                group.shutdown()
+
 
 class Connection(NamedTuple):
     """What one bridge wants.

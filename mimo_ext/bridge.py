@@ -576,7 +576,9 @@ class Bridge:
             self._communicator.close(abort, why if abort else "")
         finally:
             self._finalizer.detach()
-            self._groups = None
+            groups, self._groups = self._groups, None
+            if groups is not None:
+                groups.close(abort)
 
     def __enter__(self) -> Bridge:
         return self

@@ -116,9 +116,9 @@ bool Channel::close_within(std::chrono::milliseconds limit) {
     if (worker != nullptr && !worker->close_within(limit)) return false;
   }
   const bool landed = reap_landed(limit);
-  if (!flying_.empty()) std::this_thread::sleep_for(std::min(limit, std::chrono::milliseconds(1)));
-  reap_flying();
-  return (landed && flying_.empty()) || failure_.failed();
+  const bool complete = reap_flying();
+  if (!complete) std::this_thread::sleep_for(std::min(limit, std::chrono::milliseconds(1)));
+  return (landed && complete) || failure_.failed();
 }
 
 void Channel::close() {
@@ -128,10 +128,7 @@ void Channel::close() {
     if (worker != nullptr) worker->close();
   }
   reap_landed(config_.timeout);
-  while (!failure_.failed() && !flying_.empty()) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    reap_flying();
-  }
+  while (!reap_flying() && !failure_.failed()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
 
 const char* Channel::send_name() const {

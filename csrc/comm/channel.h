@@ -152,10 +152,11 @@ class Channel {
   bool reap_landed(std::chrono::milliseconds limit);
 
   // In groups. Every rank issues rounds in ascending order; see rounds.h.
-  void add_sends(SendJob& job, std::size_t round);
-  void add_receives(ReceiveJob& job, std::size_t round);
-  /// Those that were added; an empty one where there are none.
-  Issued issue(const char* operation, std::int64_t sequence);
+  using Messages = std::vector<GroupTransport::Message>;
+  void add_sends(SendJob& job, std::size_t round, Messages& messages) const;
+  void add_receives(ReceiveJob& job, std::size_t round, Messages& messages) const;
+  /// Without a request where there are no messages.
+  Issued issue(const Messages& messages, const char* operation, std::int64_t sequence);
   /// "...: group of messages with ranks 1, 2"
   std::string group_text(const Issued& issued, const char* operation, std::int64_t sequence) const;
   void wait_for_group(Waiter& waiter, Issued& issued, FlightPhase phase, std::uint64_t flight, const char* operation,
@@ -175,7 +176,8 @@ class Channel {
   void wait_for_sent(SendJob& job);
   /// The buffers of a microbatch go back to its program when its messages are complete.
   void keep_until_complete(ReceiveJob& job);
-  void reap_flying();
+  /// False where some are still under way.
+  bool reap_flying();
 
   void submit_send(std::unique_ptr<SendJob> job, Worker::When when);
   /// For what cannot be waited for in a way that ends when the bridge does. `what` begins messages.
@@ -298,11 +300,11 @@ class Channel {
   std::mutex landed_mutex_;
   std::vector<Landed> landed_;
 
-  // In groups; used by the caller's thread alone.
+  // In groups. One thread at a time issues: who has the turn to receive, or else the caller that sends.
   GroupTransport* const groups_;  ///< null where messages go one by one
   GroupLog& group_log_;
-  std::vector<GroupTransport::Message> messages_;  ///< of the group that is being put together
-  Fifo<std::unique_ptr<SendJob>> deferred_;        ///< of a rank on both sides, until it receives
+  mutable std::mutex groups_mutex_;
+  Fifo<std::unique_ptr<SendJob>> deferred_;  ///< of a rank on both sides, until it receives
   Fifo<Flying> flying_;
 
   Waiter receive_waiter_;

@@ -7,15 +7,15 @@
 
 namespace mimo_ext::comm {
 
-void Channel::add_sends(SendJob& job, std::size_t round) {
+void Channel::add_sends(SendJob& job, std::size_t round, Messages& messages) const {
   if (!job.payload || round >= job.program->rounds.size()) return;
   for (const std::size_t index : job.program->rounds[round]) {
     const Transfer& transfer = job.program->transfers[index];
-    messages_.push_back({true, transfer.index, transfer.peer, &job.payload->message(index)});
+    messages.push_back({true, transfer.index, transfer.peer, &job.payload->message(index)});
   }
 }
 
-void Channel::add_receives(ReceiveJob& job, std::size_t round) {
+void Channel::add_receives(ReceiveJob& job, std::size_t round, Messages& messages) const {
   if (!job.incoming || round >= job.program->rounds.size()) return;
   const ReceiveProgram& program = *job.program;
   const ReceiveRound& mine = program.rounds[round];
@@ -23,30 +23,30 @@ void Channel::add_receives(ReceiveJob& job, std::size_t round) {
   const auto receive = [&](const Transfer& transfer, Slots& slots, std::size_t index) {
     if (incoming.skips(transfer.sender_lane)) return;
     slots.aim(index, incoming.result);
-    messages_.push_back({false, transfer.index, transfer.peer, &slots.message(index)});
+    messages.push_back({false, transfer.index, transfer.peer, &slots.message(index)});
   };
   for (const std::size_t index : mine.receives) receive(program.receives[index], incoming.receives, index);
   for (const std::size_t index : mine.lane_sends) {
     const Transfer& copy = program.lane_sends[index];
     if (incoming.skips(copy.sender_lane)) continue;
     incoming.lane_sends.load(index, incoming.result);
-    messages_.push_back({true, copy.index, copy.peer, &incoming.lane_sends.message(index)});
+    messages.push_back({true, copy.index, copy.peer, &incoming.lane_sends.message(index)});
   }
   for (const std::size_t index : mine.lane_receives) {
     receive(program.lane_receives[index], incoming.lane_receives, index);
   }
 }
 
-Channel::Issued Channel::issue(const char* operation, std::int64_t sequence) {
+Channel::Issued Channel::issue(const Messages& messages, const char* operation, std::int64_t sequence) {
   Issued issued;
-  if (messages_.empty()) return issued;
-  group_log_.issued(direction_ == core::Direction::kForward, sequence, messages_);
-  for (const GroupTransport::Message& message : messages_) {
+  if (messages.empty()) return issued;
+  group_log_.issued(direction_ == core::Direction::kForward, sequence, messages);
+  for (const GroupTransport::Message& message : messages) {
     auto& peers = issued.peers;
     if (std::find(peers.begin(), peers.end(), message.peer) == peers.end()) peers.push_back(message.peer);
   }
   try {
-    issued.request = groups_->issue(messages_);
+    issued.request = groups_->issue(messages);
   } catch (const TransportError& error) {
     throw BridgeError(group_text(issued, operation, sequence) + ": " + error.what());
   }
@@ -78,10 +78,11 @@ void Channel::wait_for_group(Waiter& waiter, Issued& issued, FlightPhase phase, 
 }
 
 void Channel::issue_sends(SendJob& job) {
+  Messages messages;
   for (std::size_t round = 0; job.payload && round < job.program->rounds.size(); ++round) {
-    messages_.clear();
-    add_sends(job, round);
-    if (!messages_.empty()) job.issued.push_back(issue(send_name(), job.sequence));
+    messages.clear();
+    add_sends(job, round, messages);
+    if (!messages.empty()) job.issued.push_back(issue(messages, send_name(), job.sequence));
   }
 }
 
@@ -99,15 +100,16 @@ void Channel::receive_in_rounds(ReceiveJob& job, const std::function<void()>& po
 }
 
 void Channel::issue_rounds(ReceiveJob& job, const std::function<void()>& poll) {
+  Messages messages;
   const std::size_t receives = job.incoming ? job.program->rounds.size() : 0;
   const std::size_t sends = job.own && job.own->payload ? job.own->program->rounds.size() : 0;
   for (; job.round < std::max(receives, sends); ++job.round, job.round_issued = false) {
     if (!job.round_issued) {
-      messages_.clear();
-      if (job.own) add_sends(*job.own, job.round);
-      const bool sends_own = !messages_.empty();
-      add_receives(job, job.round);
-      job.issued = issue(recv_name(), job.sequence);
+      messages.clear();
+      if (job.own) add_sends(*job.own, job.round, messages);
+      const bool sends_own = !messages.empty();
+      add_receives(job, job.round, messages);
+      job.issued = issue(messages, recv_name(), job.sequence);
       job.round_issued = true;
       if (sends_own) job.own->issued.push_back({job.issued.request.share(), job.issued.peers});
     }
@@ -178,6 +180,7 @@ void Channel::finish_round(ReceiveJob& job) {
 void Channel::take_own(ReceiveJob& job) {
   // A rank on both sides issues its part of both in the same groups: each of them waits for peers that do the same.
   if (!is_sender() || job.own) return;
+  const std::lock_guard lock(groups_mutex_);
   if (deferred_.empty() || deferred_.front()->sequence != job.sequence) {
     throw BridgeError(where(recv_name(), job.sequence) + ": expected " + send_name() +
                       " of the same microbatch first: this rank is on both sides, and its messages go in groups");
@@ -187,9 +190,14 @@ void Channel::take_own(ReceiveJob& job) {
 }
 
 void Channel::flush_deferred() {
-  while (!deferred_.empty()) {
-    std::unique_ptr<SendJob> job = std::move(deferred_.front());
-    deferred_.pop_front();
+  for (;;) {
+    std::unique_ptr<SendJob> job;
+    {
+      const std::lock_guard lock(groups_mutex_);
+      if (deferred_.empty()) return;
+      job = std::move(deferred_.front());
+      deferred_.pop_front();
+    }
     try {
       failure_.check();
       issue_sends(*job);
@@ -201,6 +209,7 @@ void Channel::flush_deferred() {
 }
 
 void Channel::check_not_deferred(std::int64_t sequence) const {
+  const std::lock_guard lock(groups_mutex_);
   if (deferred_.empty() || sequence < deferred_.front()->sequence) return;
   throw BridgeError(where(send_name(), sequence) + ": waited for before " + recv_name() +
                     " of the same microbatch: this rank is on both sides, and its messages go in groups");
@@ -220,40 +229,40 @@ void Channel::wait_for_sent(SendJob& job) {
 }
 
 void Channel::keep_until_complete(ReceiveJob& job) {
+  if (job.under_way.empty()) {
+    if (job.incoming) job.program->give(std::move(job.incoming));
+    return;
+  }
   Flying flying{std::move(job.under_way), job.sequence, std::chrono::steady_clock::now() + config_.timeout, job.program,
                 std::move(job.incoming)};
   job.under_way.clear();
-  if (flying.issued.empty()) {
-    if (flying.incoming) flying.program->give(std::move(flying.incoming));
-    return;
-  }
+  const std::lock_guard lock(groups_mutex_);
   flying_.push_back(std::move(flying));
 }
 
-void Channel::reap_flying() {
+bool Channel::reap_flying() {
+  const std::lock_guard lock(groups_mutex_);
   // In order: the groups of one communicator end one after the other.
   while (!flying_.empty()) {
     Flying& oldest = flying_.front();
-    const Issued* failed = nullptr;
-    try {
-      for (Issued& issued : oldest.issued) {
-        failed = &issued;
+    for (Issued& issued : oldest.issued) {
+      const auto what = [&] { return group_text(issued, recv_name(), oldest.sequence); };
+      try {
         if (issued.request.complete()) continue;
-        if (std::chrono::steady_clock::now() < oldest.deadline) return;
-        throw BridgeTimeoutError(group_text(issued, recv_name(), oldest.sequence) +
-                                 ": not complete within the bridge's timeout");
+        if (std::chrono::steady_clock::now() < oldest.deadline) return false;
+        throw BridgeTimeoutError(what() + ": not complete within the bridge's timeout");
+      } catch (const TransportError& error) {
+        failure_.set(std::make_exception_ptr(BridgeError(what() + ": " + error.what())));
+        return false;
+      } catch (const BridgeError&) {
+        failure_.set(std::current_exception());
+        return false;
       }
-    } catch (const TransportError& error) {
-      failure_.set(std::make_exception_ptr(
-          BridgeError(group_text(*failed, recv_name(), oldest.sequence) + ": " + error.what())));
-      return;
-    } catch (const BridgeError&) {
-      failure_.set(std::current_exception());
-      return;
     }
     if (oldest.incoming) oldest.program->give(std::move(oldest.incoming));
     flying_.pop_front();
   }
+  return true;
 }
 
 }  // namespace mimo_ext::comm

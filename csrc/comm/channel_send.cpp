@@ -160,6 +160,7 @@ std::shared_ptr<Delivery> Channel::send(std::shared_ptr<SendProgram> program, co
     stage_worker_->submit([this, raw, when] { run_staged_send(std::unique_ptr<SendJob>(raw), when); },
                           Worker::When::kNow);
   } else if (groups_ && is_receiver()) {
+    const std::lock_guard lock(groups_mutex_);
     deferred_.push_back(std::move(job));
   } else {
     submit_send(std::move(job), when);

@@ -50,6 +50,9 @@ class Rank:
         microbatch = _C.Microbatch(
             ndim=2, batch_dim=0, seq_dim=0, samples=ROWS, shape=[1, HIDDEN], rows_per_sample=1, element_size=4
         )
+        forward, backward = (self.group(f"{name}/{way}") for way in ("forward", "backward"))
+        if options.get("carrier") == "groups":
+            options.update(forward_groups=forward, backward_groups=backward)
         return _C.Communicator(
             name=name,
             source=src.boundary(-1),
@@ -63,8 +66,8 @@ class Rank:
             max_in_flight=4,
             hash=7,
             rank=self.rank,
-            group=self.group(f"{name}/forward"),
-            backward_group=self.group(f"{name}/backward"),
+            group=forward,
+            backward_group=backward,
             group_ranks=range(self._world_size),
             max_chunks=3,
             min_chunk_bytes=64,
@@ -138,10 +141,10 @@ def await_elsewhere(bridge: _C.Communicator, handle: _C.Delivery) -> torch.Tenso
     return found[0]
 
 
-def endings(rank: Rank, name: str, src: Layout, dst: Layout) -> None:
+def endings(rank: Rank, name: str, src: Layout, dst: Layout, **options: Any) -> None:
     """Bridges that end while messages are under way: dropped, aborted, left with receives that nobody answers."""
     for number in range(6):
-        bridge = rank.open(f"{name}{number}", src, dst)
+        bridge = rank.open(f"{name}{number}", src, dst, **options)
         source, destination = lane_of(src, rank.rank), lane_of(dst, rank.rank)
         if source:
             for step in range(3):
@@ -186,12 +189,19 @@ def main() -> int:
     fan_in = Layout([0, 1], dp=2, name="a"), Layout([2, 3], tp=2, name="b")
     fan_out = Layout([0, 1], tp=2, name="a"), Layout([2, 3], dp=2, name="b")
     shared = Layout([0, 1, 2], dp=3, name="a"), Layout([2, 3], tp=2, name="b")
+    staged = {"carrier": "staged", "copy_delay": timedelta(microseconds=300)}
+    groups = {"carrier": "groups"}
     cases: list[tuple[str, Callable[[Rank], None]]] = [
         ("fan-in", lambda rank: traffic(rank, "fan-in", *fan_in)),
         ("fan-out, in chunks", lambda rank: traffic(rank, "fan-out", *fan_out, path="pipelined")),
         ("static", lambda rank: traffic(rank, "static", *fan_in, fixed=True, path="pipelined")),
         ("a rank on both sides", lambda rank: traffic(rank, "shared", *shared)),
         ("endings", lambda rank: endings(rank, "endings", *fan_in)),
+        ("staged", lambda rank: traffic(rank, "staged", *fan_in, **staged)),
+        ("staged, a rank on both sides", lambda rank: traffic(rank, "staged shared", *shared, **staged)),
+        ("staged endings", lambda rank: endings(rank, "staged endings", *fan_in, **staged)),
+        ("in groups", lambda rank: traffic(rank, "groups", *fan_out, path="pipelined", **groups)),
+        ("endings in groups", lambda rank: endings(rank, "groups endings", *fan_in, **groups)),
     ]
     wrong = 0
     for name, body in cases:
