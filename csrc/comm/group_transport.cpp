@@ -29,7 +29,10 @@ Request GroupTransport::issue(const std::vector<Message>& messages) {
         backend_->recv(*message.tensor, message.index, tag_);
       }
     }
-    return Request(backend_->endCoalescing());
+    auto work = backend_->endCoalescing();
+    // A backend that runs groups on the caller's own stream gives none; nobody would know when they are complete.
+    if (!work) throw std::runtime_error("the backend gave no work for a group");
+    return Request(std::move(work));
   } catch (const std::exception& error) {
     throw TransportError(error.what(), false);
   }
