@@ -20,7 +20,8 @@ struct Box {
   std::array<std::int64_t, kMaxDims> start{};
   std::array<std::int64_t, kMaxDims> size{1, 1, 1};
 
-  std::int64_t volume() const { return size[0] * size[1] * size[2]; }
+  /// Elements. Where an axis is empty the product of the others may be anything.
+  std::int64_t volume() const { return size[0] == 0 || size[1] == 0 || size[2] == 0 ? 0 : size[0] * size[1] * size[2]; }
   bool operator==(const Box&) const = default;
 };
 

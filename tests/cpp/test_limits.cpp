@@ -141,6 +141,25 @@ TEST(Limits, RowShardsOfAnyNumbersAreRefusedOrInRange) {
   expect_refused([&] { shards.segments(0, kHuge); }, "are needed");
 }
 
+TEST(Limits, EmptyTensorsHaveNoElementsHoweverLongTheirOtherAxesAre) {
+  const std::int64_t extent = std::int64_t{1} << 40;
+  const auto empty = [](Box box) { return box.volume() == 0; };
+  EXPECT_TRUE(empty({.size = {extent, extent, 0}}));
+  EXPECT_TRUE(empty({.size = {extent, 0, extent}}));
+  EXPECT_TRUE(empty({.size = {0, extent, extent}}));
+  Microbatch microbatch;
+  microbatch.ndim = 3;
+  microbatch.samples = extent;
+  microbatch.shape = {1, extent, 0};
+  microbatch.seq_dim = 1;
+  const Sides sides(boundary({0}, 1, 1), boundary({1, 2}, 2, 1));
+  const Plan plan(std::make_shared<const Sides>(sides), microbatch, Direction::kForward, {});
+  for (const int rank : {1, 2}) {
+    EXPECT_TRUE(plan.for_rank(rank, false, true).receives.empty());
+    EXPECT_TRUE(plan.reversed().for_rank(rank, true, false).sends.empty());
+  }
+}
+
 TEST(Limits, StagesThatOverflowAreRefused) {
   const std::vector<std::int64_t> weights{kHuge, kHuge};
   const std::vector<std::vector<int>> downstream{{1}, {}};

@@ -3,7 +3,7 @@
     PYTHONPATH=tests python tests/soak/soak.py --seconds 600 --json out/soak.json
 
 Four ranks send and receive over three bridges at a time: random row counts, widths, delays, blocking calls and handles,
-up to four microbatches ahead, every value compared. After a third of the time the bridges are closed and others with
+up to `AHEAD` microbatches ahead, every value compared. After a third of the time the bridges are closed and others with
 other layouts are built; after two thirds the first ones again, so that the end can be compared with the beginning.
 """
 
@@ -36,6 +36,9 @@ WORLD = 4
 BLOCK = 50  # microbatches between two looks at the clock, in which all ranks agree
 RATE = 10_000 / 600  # microbatches per second that are asked for
 SAMPLES = 6
+AHEAD = 4  # microbatches under way, at most
+HIDDEN = (4, 32, 128)
+ROWS, SEQUENCE = 120, 63  # of a sample, at most: 2-D, 3-D
 STATIC_ROWS, STATIC_HIDDEN = 16, 32
 TIMEOUT = timedelta(seconds=60)
 
@@ -146,16 +149,46 @@ class Microbatch:
 def microbatch(number: int, edge: Edge, chance: random.Random) -> Microbatch:
     if edge.static:
         return Microbatch(number, (STATIC_ROWS,) * SAMPLES, STATIC_HIDDEN, edge.ndim)
-    hidden = chance.choice((4, 32, 128))
+    hidden = chance.choice(HIDDEN)
     if edge.ndim == 3:
-        return Microbatch(number, (chance.randrange(1, 64),) * SAMPLES, hidden, edge.ndim)
-    return Microbatch(number, tuple(chance.randrange(120) for _ in range(SAMPLES)), hidden, edge.ndim)
+        return Microbatch(number, (1 + chance.randrange(SEQUENCE),) * SAMPLES, hidden, edge.ndim)
+    return Microbatch(number, tuple(chance.randrange(ROWS) for _ in range(SAMPLES)), hidden, edge.ndim)
+
+
+def largest(number: int, edge: Edge) -> Microbatch:
+    """No microbatch of `edge` is larger."""
+    if edge.static:
+        return Microbatch(number, (STATIC_ROWS,) * SAMPLES, STATIC_HIDDEN, edge.ndim)
+    return Microbatch(number, (SEQUENCE if edge.ndim == 3 else ROWS,) * SAMPLES, max(HIDDEN), edge.ndim)
 
 
 def place(bridge: mimo_ext.Bridge, destination: bool) -> tuple[int, int]:
     """This rank's lane, and how many there are."""
     lanes = (bridge.dst if destination else bridge.src).lanes(0)
     return next(lane for lane, ranks in enumerate(lanes) if bridge.rank in ranks), len(lanes)
+
+
+def warm_up(bridge: mimo_ext.Bridge, edge: Edge) -> None:
+    """As much as will ever be under way, at once.
+
+    What a bridge keeps for the next microbatches has its size then; left to chance, it would grow to it for thousands
+    of microbatches.
+    """
+    parts = [largest(number, edge) for number in range(AHEAD)]
+    activations = [bridge.irecv_forward() for _ in parts] if bridge.is_destination else []
+    dist.barrier()
+    if bridge.is_source:
+        lane, lanes = place(bridge, False)
+        for part in parts:
+            counts = part.counts(lane, lanes) if part.ndim == 2 and not edge.static else None
+            bridge.send_forward(part.lane(lane, lanes), row_counts=counts)
+    received = [handle.wait().detach() for handle in activations]
+    gradients = [bridge.irecv_backward() for _ in parts] if bridge.is_source else []
+    dist.barrier()
+    for activation in received:
+        bridge.send_backward(activation)
+    for handle in gradients:
+        handle.wait()
 
 
 def move(bridge: mimo_ext.Bridge, edge: Edge, parts: Sequence[Microbatch], chance: random.Random) -> None:
@@ -208,12 +241,14 @@ def soak(rank: int, world_size: int, seconds: float, seed: int) -> list[Sample]:
         edges = LAYOUTS[third % 2]
         with Setup(f"third {third}") as setup:
             bridges = [edge.build(setup) for edge in edges]
+        for bridge, edge in zip(bridges, edges, strict=True):
+            warm_up(bridge, edge)
         while going_on(time.monotonic() - began < seconds * (third + 1) / 3, len(samples), third):
             block_began, cpu_began = time.monotonic(), time.process_time()
             last = number + BLOCK
             while number < last:
                 which = chance.randrange(len(edges))
-                count = min(chance.randrange(1, 5), last - number)
+                count = min(chance.randrange(1, AHEAD + 1), last - number)
                 parts = [microbatch(number + index, edges[which], chance) for index in range(count)]
                 move(bridges[which], edges[which], parts, chance)
                 number += count
@@ -329,6 +364,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1, help="of shapes, delays and order (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
     options = parser.parse_args(arguments)
+    # malloc's caches of free blocks, one for each thread, count as live and fill slowly where sizes are random. Read by
+    # the ranks' C library when they start.
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.tcache_count=0"
     ranks = launch(soak, WORLD, options.seconds, options.seed, timeout=2 * options.seconds + 120)
     limits = Limits(microbatches=int(RATE * options.seconds))
     wrong = faults(ranks, limits)

@@ -78,7 +78,7 @@ core::PlanOptions options_of(Numbers& in) {
 }
 
 std::int64_t volume_of(const std::array<std::int64_t, core::kMaxDims>& shape) {
-  return shape[0] * shape[1] * shape[2];
+  return Box{.size = shape}.volume();
 }
 
 void check_inside(const Box& box, const std::array<std::int64_t, core::kMaxDims>& shape) {
