@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 
 from nccl_semantics import Issue, Mismatch, Program, check_pairs, simulate
 
-NAMES = ["chunks", "chunks, static", "static 3-D", "same ranks, static", "3-D sbh", "3-D non-dividing"]
+NAMES = ["chunks", "chunks, static", "static 3-D", "same ranks, static", "3-D non-dividing"]
 MICROBATCHES = 3
 Entry = tuple[bool, int, list[tuple[bool, int, int]]]
 
