@@ -182,7 +182,7 @@ test-cpp:
 	$(MAKE) -C tests/cpp test
 
 # What comes from users and peers, under libFuzzer with ASan and UBSan: RUNS inputs for each target. The short form is
-# a part of the tests wherever there is a clang with libFuzzer.
+# a part of the tests wherever there is a clang with libFuzzer; there each target must also find planted bugs.
 RUNS ?= 5000000
 
 .PHONY: fuzz
@@ -192,7 +192,7 @@ fuzz:
 .PHONY: fuzz-smoke
 fuzz-smoke:
 	@if $(MAKE) -s -C tests/cpp/fuzz available; then \
-		$(MAKE) -C tests/cpp/fuzz smoke; \
+		$(MAKE) -C tests/cpp/fuzz smoke planted PYTHON="$(PYTHON)"; \
 	else \
 		echo "SKIPPED: fuzzing; needs clang++ with libFuzzer (Debian: apt-get install clang libclang-rt-14-dev)"; \
 	fi
