@@ -1,8 +1,9 @@
-"""Plain values from rank to rank: as JSON, for nothing that comes from a peer is unpickled, not even in tests."""
+"""What ranks of a test tell one another: as JSON, for nothing that comes from a peer is unpickled, not even here."""
 
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import torch
@@ -22,3 +23,16 @@ def all_gather_json(mine: Any) -> list[Any]:
     texts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(texts, padded)
     return [json.loads(bytes(one[: int(size)].numpy())) for one, size in zip(texts, sizes, strict=True)]
+
+
+def tell(what: str) -> None:
+    """Let the other ranks go on that `hear` of it: instead of sleeping for as long as it may take."""
+    dist.distributed_c10d._get_default_store().set(f"tests/{what}", "")
+
+
+def hear(what: str, seconds: float = 30.0) -> None:
+    """Wait until a rank has told it. AssertionError where none does."""
+    store, deadline = dist.distributed_c10d._get_default_store(), time.monotonic() + seconds
+    while not store.check([f"tests/{what}"]):
+        assert time.monotonic() < deadline, f"no rank told within {seconds:g} s: {what}"
+        time.sleep(0.02)

@@ -34,7 +34,7 @@ def dropped_sender(rank: int, world_size: int) -> None:
         bridge.irecv_backward()  # given up, silently
         start = time.monotonic()
         del bridge
-        assert time.monotonic() - start < 1  # nobody waits in a garbage collection
+        assert time.monotonic() - start < 10  # nobody waits in a garbage collection: the receiver has not begun
         dist.barrier()  # only now does the receiver start
         dist.barrier()
         deadline = time.monotonic() + 10
@@ -71,7 +71,7 @@ else:
     if sys.argv[3] == "end":
         torch.testing.assert_close(bridge.recv_forward().detach(), torch.arange(200000.0).view(-1, 2))
     else:
-        time.sleep(20)
+        time.sleep(60)
 """
 
 
@@ -97,7 +97,7 @@ def test_a_program_that_ends_waits_for_its_sends_unless_it_failed(tmp_path: Path
         else:
             assert ranks[0].returncode == 1
             assert "something else went wrong" in errors.splitlines()[-1]
-            assert time.monotonic() - start < 18  # long before the receiver ends
+            assert time.monotonic() - start < 45  # long before the receiver ends
     finally:
         for process in ranks:
             process.kill()
@@ -113,7 +113,7 @@ def dropped_with_posted_receives(rank: int, world_size: int) -> None:
         start = time.monotonic()
         with pytest.raises(mimo_ext.BridgeError, match="the bridge was dropped"):
             handle.wait()
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 15
     dist.barrier()
 
 

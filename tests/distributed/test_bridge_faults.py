@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from exchange import hear, tell
 from launch import launch, run_ranks
 
 import mimo_ext
@@ -118,7 +119,7 @@ def refused_by_one_rank(rank: int, world_size: int) -> str:
     start = time.monotonic()
     with pytest.raises(ValueError, match="ndim") as caught:
         mimo_ext.Bridge(Layout([0], name="images"), Layout([1], name="language"), ndim=4 if rank == 1 else 2)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20  # nobody waits for a timeout, which is a minute here
     return str(caught.value)
 
 
@@ -226,13 +227,14 @@ def dies_behind_a_busy_one(rank: int, world_size: int, kind: str, static: bool) 
         time.sleep(0.5)
         os._exit(7)
     if rank == 0:
-        time.sleep(4)  # computes, while rank 2 waits for its header or payload first
+        hear("rank 2 knows", 15)  # computes meanwhile; rank 2 waits for its header or payload first
         bridge.close(abort=True)
         return "", 0.0
     receive = bridge.recv_forward if kind == "blocking" else bridge.irecv_forward().wait
     with pytest.raises(mimo_ext.BridgeError) as caught:
         receive()
     elapsed = time.monotonic() - start
+    tell("rank 2 knows")
     bridge.close(abort=True)
     return str(caught.value), elapsed
 
@@ -245,7 +247,7 @@ def test_a_peer_that_dies_while_another_is_awaited_is_noticed_at_once(kind, stat
     message, elapsed = outcome.results[2]
     what = "payload" if static else "header"
     assert f"rank 2: recv_forward of microbatch 2: {what} from rank 1: the peer is gone, " in message
-    assert 0.4 < elapsed < 2.5
+    assert 0.4 < elapsed < 12  # before the busy one says anything, and long before the timeout
 
 
 def silent_peer(rank: int, world_size: int) -> str | None:
@@ -253,13 +255,14 @@ def silent_peer(rank: int, world_size: int) -> str | None:
         Layout([0], name="images"), Layout([1], name="language"), ndim=2, timeout=timedelta(seconds=1.5)
     )
     if rank == 0:
-        time.sleep(4)
+        hear("rank 1 gave up")
         bridge.close(abort=True)
         return None
     start = time.monotonic()
     with pytest.raises(mimo_ext.BridgeTimeoutError) as caught:
         bridge.recv_forward()
-    assert 1 < time.monotonic() - start < 3.5
+    assert 1 < time.monotonic() - start < 20
+    tell("rank 1 gave up")
     bridge.close(abort=True)
     return str(caught.value)
 
@@ -274,14 +277,13 @@ def sends_do_not_block(rank: int, world_size: int) -> None:
     bridge = mimo_ext.Bridge(Layout([0], name="a"), Layout([1], name="b"), ndim=2, timeout=timedelta(seconds=30))
     x = torch.randn(1 << 20, 4)  # 16 MiB: far beyond any socket buffer
     if rank == 0:
-        start = time.monotonic()
         for _ in range(4):
             bridge.send_forward(x)
-        assert time.monotonic() - start < 1.5, "send_forward waited for a receiver that was asleep"
+        tell("all sends have returned")
         for _ in range(4):
             bridge.recv_backward()
     else:
-        time.sleep(3)
+        hear("all sends have returned", 20)  # a send that waited for its receiver would wait for ever
         received = [bridge.recv_forward() for _ in range(4)]
         for y in received:
             bridge.send_backward(y.detach())
@@ -292,24 +294,23 @@ def test_sends_do_not_block():
     launch(sends_do_not_block, 2)
 
 
-def lane_copies_while_computing(rank: int, world_size: int) -> float:
+def lane_copies_while_computing(rank: int, world_size: int) -> None:
     bridge = mimo_ext.Bridge(Layout([0], name="a"), Layout([1, 2], tp=2, name="b"), ndim=2)
-    start = time.monotonic()
     if rank == 0:
         bridge.send_forward(torch.ones(1000, 8))
     else:
         handle = bridge.irecv_forward()
         if rank == 1:
-            time.sleep(3)  # computes, and does not wait: its part must still reach rank 2
+            hear("rank 2 has all of it", 20)  # computes, and does not wait: its part must still reach rank 2
         y = handle.wait()
         assert float(y.sum()) == 8000.0
-    elapsed = time.monotonic() - start
+        if rank == 2:
+            tell("rank 2 has all of it")
     bridge.close()
-    return elapsed
 
 
 def test_a_busy_rank_still_forwards_to_its_lane():
-    assert launch(lane_copies_while_computing, 3)[2] < 2.0
+    launch(lane_copies_while_computing, 3)
 
 
 def forgotten_close(rank: int, world_size: int) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from exchange import hear, tell
 from launch import launch
 
 import mimo_ext
@@ -43,7 +44,7 @@ def interrupted(call: Callable[[], object]) -> None:
     threading.Timer(AFTER_S, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         call()
-    assert AFTER_S - 0.1 < time.monotonic() - start < AFTER_S + 5  # timeouts are much longer
+    assert AFTER_S - 0.1 < time.monotonic() - start < AFTER_S + 20  # timeouts are longer
 
 
 def in_handles(rank: int, world_size: int) -> None:
@@ -130,10 +131,10 @@ def test_in_the_differentiable_form() -> None:
 
 
 @contextmanager
-def short_world(rank: int, world_size: int, folder: str) -> Iterator[None]:
+def short_world(rank: int, world_size: int, folder: str, timeout: timedelta = SHORT) -> Iterator[None]:
     dist.destroy_process_group()
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/world", rank=rank, world_size=world_size, timeout=SHORT
+        "gloo", init_method=f"file://{folder}/world", rank=rank, world_size=world_size, timeout=timeout
     )
     yield
 
@@ -142,8 +143,9 @@ def in_the_meeting(rank: int, world_size: int, folder: str) -> str:
     with short_world(rank, world_size, folder):
         if rank == 0:
             interrupted(lambda: make(timeout=SHORT))
+            tell("rank 0 has left")
             return ""
-        time.sleep(AFTER_S + 0.5)
+        hear("rank 0 has left")
         with pytest.raises(RuntimeError) as caught:
             make(timeout=SHORT)
         return str(caught.value)
@@ -156,19 +158,20 @@ def test_while_the_constructor_waits_for_other_ranks(tmp_path: Path) -> None:
 
 
 def while_connecting(rank: int, world_size: int, folder: str) -> float:
-    with short_world(rank, world_size, folder):
+    with short_world(rank, world_size, folder, TIMEOUT):
         setup = Setup("one bridge")
         bridge = make(setup=setup)
         setup.agree()
         if rank == 1:
-            time.sleep(AFTER_S + 1.5)
+            hear("rank 0 has left")
             return 0.0
         interrupted(setup.connect)
         assert bridge.closed
+        tell("rank 0 has left")
     return time.monotonic()
 
 
 def test_while_the_constructor_connects(tmp_path: Path) -> None:
-    # The thread that still waits for the connection does not keep the process from ending.
-    ended = launch(while_connecting, 2, str(tmp_path))[0]
-    assert time.monotonic() - ended < 3.0
+    # The thread that still waits for the connection, for half a minute, does not keep the process from ending.
+    ended = launch(while_connecting, 2, str(tmp_path), leaks=True)[0]
+    assert time.monotonic() - ended < 15.0

@@ -364,7 +364,7 @@ def one_never_connects(rank: int, world_size: int, folder: str) -> str:
     """It dies when it has its connections, before it has said so."""
     dist.destroy_process_group()
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/w", rank=rank, world_size=world_size, timeout=timedelta(seconds=2)
+        "gloo", init_method=f"file://{folder}/w", rank=rank, world_size=world_size, timeout=timedelta(seconds=4)
     )
     made = []
 
@@ -384,5 +384,5 @@ def one_never_connects(rank: int, world_size: int, folder: str) -> str:
 def test_a_rank_that_dies_at_the_end_of_the_constructor_is_named(tmp_path: Path) -> None:
     outcome = run_ranks(one_never_connects, 2, str(tmp_path))
     assert outcome.exitcodes[1] == 7
-    expected = "bridge 'images -> language', rank 0: connections: waited 2 s for rank 1 to make theirs"
+    expected = "bridge 'images -> language', rank 0: connections: waited 4 s for rank 1 to make theirs"
     assert outcome.results[0] == expected, outcome.errors

@@ -164,7 +164,7 @@ def one_is_late(rank: int, world_size: int, folder: str) -> str:
             return ""
         with pytest.raises(RuntimeError) as caught:
             mimo_ext.Bridge(Layout([0]), Layout([1]), ndim=2, name="a -> b", timeout=timedelta(seconds=1))
-        assert SHORT.total_seconds() <= time.monotonic() - begin < 2.5 * SHORT.total_seconds()
+        assert SHORT.total_seconds() <= time.monotonic() - begin < 20
         return str(caught.value)
 
 
