@@ -51,7 +51,10 @@ class Groups:
     payload: tuple[dist.ProcessGroup, dist.ProcessGroup]
 
     def close(self, abort: bool) -> None:
-        """End the communicators of NCCL; others end when nobody holds them. `abort`: whatever they do."""
+        """End the communicators of NCCL, once; others end when nobody holds them.
+
+        `abort`: whatever they do, and whether or not their peers end theirs.
+        """
         for group in self.payload:
             if group is self.forward or group is self.backward:
                 continue

@@ -572,13 +572,21 @@ class Bridge:
             return
         error = sys.exception() if abort else None
         why = "the bridge was closed with abort=True" if error is None else f"{type(error).__name__}: {error}"
+        groups, self._groups = self._groups, None
+        if abort and groups is not None:
+            groups.close(abort=True)  # before anything is freed that they may still write to
+            groups = None
         try:
             self._communicator.close(abort, why if abort else "")
+        except BaseException:
+            if groups is not None:
+                groups.close(abort=True)
+                groups = None
+            raise
         finally:
             self._finalizer.detach()
-            groups, self._groups = self._groups, None
             if groups is not None:
-                groups.close(abort)
+                groups.close(abort=False)
 
     def __enter__(self) -> Bridge:
         return self

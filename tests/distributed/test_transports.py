@@ -227,6 +227,42 @@ def test_what_cannot_be_is_refused_on_every_rank() -> None:
     launch(refusals, 2)
 
 
+class Recorded:
+    """In place of a process group of NCCL."""
+
+    def __init__(self, bridge: mimo_ext.Bridge, ended: list[tuple[str, bool]]) -> None:
+        self._bridge, self._ended = bridge, ended
+
+    def shutdown(self) -> None:
+        self._ended.append(("shutdown", self._bridge.closed))
+
+    def abort(self) -> None:
+        self._ended.append(("abort", self._bridge.closed))
+
+
+def endings(rank: int, world_size: int) -> None:
+    for how in ("close", "abort", "failure"):
+        bridge = mimo_ext.Bridge(Layout([0]), Layout([0]), timeout=timedelta(milliseconds=100))
+        ended: list[tuple[str, bool]] = []
+        assert bridge._groups is not None
+        bridge._groups = replace(bridge._groups, payload=(Recorded(bridge, ended), Recorded(bridge, ended)))
+        if how == "failure":
+            handle = bridge.irecv_forward()
+            with pytest.raises(mimo_ext.BridgeTimeoutError, match="this rank, which is on both sides, did not call"):
+                bridge.close()
+            del handle
+        else:
+            bridge.close(abort=how == "abort")
+        if how == "close":
+            assert ended == [("shutdown", True)] * 2
+        else:  # where it can be, before anything is freed
+            assert ended == [("abort", how == "failure")] * 2
+
+
+def test_communicators_of_nccl_end_with_the_bridge_and_are_aborted_where_it_fails() -> None:
+    launch(endings, 1)
+
+
 # The choice, with ranks that are threads and GPUs that are names.
 
 
