@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -107,17 +108,23 @@ class _Mallinfo(ctypes.Structure):
     ]
 
 
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    """One for all looks: each CDLL makes a Python type, and hundreds of them would be what grows."""
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = _Mallinfo
+    return libc
+
+
 def heap_bytes() -> int:
     """Live in malloc, of all threads."""
-    mallinfo = ctypes.CDLL(None).mallinfo2
-    mallinfo.restype = _Mallinfo
-    info = mallinfo()
+    info = _libc().mallinfo2()
     return int(info.uordblks + info.hblkhd)
 
 
 def resident_bytes() -> int:
     """Without what malloc keeps free for the next blocks, which depends on the sizes that have met."""
-    ctypes.CDLL(None).malloc_trim(0)
+    _libc().malloc_trim(0)
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
