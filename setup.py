@@ -54,6 +54,7 @@ SOURCES = [
     "csrc/comm/flight.cpp",
     "csrc/comm/fork.cpp",
     "csrc/comm/header.cpp",
+    "csrc/comm/last_words.cpp",
     "csrc/comm/leftovers.cpp",
     "csrc/comm/c10d_transport.cpp",
     "csrc/comm/group_transport.cpp",

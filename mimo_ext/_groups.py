@@ -41,6 +41,7 @@ class Groups:
         first_tag: of the `TAGS` tags of this bridge in both groups.
         payload: for each direction the group of what goes in groups: one of NCCL, or the one above.
         devices: for as long as a bridge holds them, the next one shares them.
+        remains: what bridges have left behind in these groups; of all that share them.
     """
 
     ranks: tuple[int, ...]
@@ -49,6 +50,7 @@ class Groups:
     first_tag: int
     devices: tuple[_Devices, ...]
     payload: tuple[dist.ProcessGroup, dist.ProcessGroup]
+    remains: list[_C.Remains]
 
     def close(self, abort: bool) -> None:
         """End the communicators of NCCL, once; others end when nobody holds them.
@@ -114,6 +116,7 @@ def connect(meeting: Meeting, bridges: Sequence[Connection]) -> list[Groups | No
             _wait_until_all_are_connected(meeting, key, what)
     bridges_between: Counter[tuple[int, ...]] = Counter()
     found: list[Groups | None] = []
+    remains: dict[tuple[int, ...], list[_C.Remains]] = {}
     for number, (ranks, what, device) in enumerate(bridges):
         key = tuple(ranks)
         if not key:
@@ -127,7 +130,8 @@ def connect(meeting: Meeting, bridges: Sequence[Connection]) -> list[Groups | No
                 nccl_group(meeting, key, what, device, f"{number}/f"),
                 nccl_group(meeting, key, what, device, f"{number}/b"),
             )
-        found.append(Groups(key, forward, backward, TAGS * bridges_between[key], devices, payload))
+        first_tag = TAGS * bridges_between[key]
+        found.append(Groups(key, forward, backward, first_tag, devices, payload, remains.setdefault(key, [])))
         bridges_between[key] += 1
     return found
 

@@ -259,6 +259,8 @@ class Bridge:
             backward_groups=groups.payload[1] if groups and carrier == "groups" else None,
             **self._options,
         )
+        if groups is not None:
+            groups.remains.append(self._communicator.remains)
         self._open = self._communicator
         watch(self, digest_of(text))
         # Where close() was forgotten: what has been sent still arrives, and no thread outlives the interpreter.
@@ -561,8 +563,8 @@ class Bridge:
         Later operations raise BridgeError. Calling it again does nothing. In a process that was forked off from the one
         that made the bridge it gives up the copy there, and the parent goes on.
 
-        Peers that wait for a rank that aborts raise BridgeError at once, which names it. With shapes that vary it also
-        says why: because of the exception that is being handled here, if there is one.
+        Peers that wait for a rank that aborts raise BridgeError at once, which names it and says why: because of the
+        exception that is being handled here, if there is one.
 
         Raises:
             BridgeError: what was under way failed, and no operation has said so before; the bridge is closed all the

@@ -207,6 +207,9 @@ void register_comm(py::module_& m) {
           "microbatch", [](const Delivery& delivery) { return *delivery.microbatch(); },
           "As far as this rank knows it; once a receive has been waited for.");
 
+  py::class_<comm::Remains, std::shared_ptr<comm::Remains>>(
+      m, "Remains", "Receives of a communicator that were still posted when it was closed.");
+
   py::class_<Communicator, std::shared_ptr<Communicator>>(m, "Communicator",
                                                           "Both directions of one bridge on one rank.")
       .def(py::init(&make_communicator), py::kw_only(), py::arg("name"), py::arg("source"), py::arg("destination"),
@@ -221,6 +224,7 @@ void register_comm(py::module_& m) {
       .def_property_readonly("is_source", &Communicator::is_source)
       .def_property_readonly("is_destination", &Communicator::is_destination)
       .def_property_readonly("closed", &Communicator::closed)
+      .def_property_readonly("remains", &Communicator::remains)
       .def_property(
           "max_in_flight", [](const Communicator& communicator) { return communicator.config().max_in_flight; },
           &Communicator::set_max_in_flight)

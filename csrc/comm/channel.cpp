@@ -94,6 +94,12 @@ Channel::Channel(const BridgeConfig& config, Transport& transport, Failure& fail
 
 Channel::~Channel() {
   close();
+  if (remains_ == nullptr) return;
+  while (!queued_.empty()) {
+    remains_->keep(std::move(queued_.front()));
+    queued_.pop_front();
+  }
+  if (!eager_.empty()) remains_->keep(std::make_unique<std::vector<Fifo<HeaderSlot>>>(std::move(eager_)));
 }
 
 void Channel::abort_receives() {
@@ -152,8 +158,11 @@ void Channel::wait_for(Waiter& waiter, Request& request, FlightPhase phase, int 
                        const char* operation, std::int64_t sequence, const std::function<void()>& poll) const {
   const auto began = std::chrono::steady_clock::now();
   flight_.update(id, phase, peer, began.time_since_epoch().count());
+  Awaited& awaited = &waiter == &receive_waiter_ ? received_from_ : sent_to_;
+  awaited = {peer, false};
   try {
     waiter.wait(request, began, config_.timeout, poll);
+    awaited.peer = -1;
     request.reset();
   } catch (const TransportError& error) {
     failure_.check();  // aborted because of an earlier failure: that one is told
@@ -193,8 +202,23 @@ void Channel::poll_until(const std::function<bool()>& complete, const std::strin
 
 BridgeError Channel::connection_broke(FlightPhase phase, int peer, const char* operation, std::int64_t sequence,
                                       const TransportError& error) const {
+  if (const std::string reason = last_words_of(peer); !reason.empty()) {
+    return BridgeError(where(operation, sequence) + ": " + reason);
+  }
   return BridgeError(where(operation, sequence) + ": " + text_of(phase) + " rank " + std::to_string(peer) +
                      kConnectionBroke + error.what() + ")");
+}
+
+std::string Channel::last_words_of(int peer) const {
+  return last_words_ == nullptr ? std::string() : last_words_->heard_at_the_end_of(peer);
+}
+
+void Channel::check_awaited(Awaited& awaited, const char* operation, std::int64_t sequence) const {
+  if (last_words_ == nullptr || awaited.peer < 0) return;
+  const std::string reason = last_words_->heard_from(awaited.peer);
+  if (reason.empty()) return;
+  if (awaited.gave_up) throw BridgeError(where(operation, sequence) + ": " + reason);
+  awaited.gave_up = true;
 }
 
 Request Channel::post(bool sending, std::vector<at::Tensor>& tensor, int index, int peer, int kind,
@@ -202,6 +226,9 @@ Request Channel::post(bool sending, std::vector<at::Tensor>& tensor, int index, 
   try {
     return sending ? transport_.send(tensor, index, tag(kind)) : transport_.recv(tensor, index, tag(kind));
   } catch (const std::exception& error) {
+    if (const std::string reason = last_words_of(peer); !reason.empty()) {
+      throw BridgeError(where(operation, sequence) + ": " + reason);
+    }
     throw BridgeError(where(operation, sequence) + ": " + (sending ? "message to" : "message from") + " rank " +
                       std::to_string(peer) + kConnectionBroke + error.what() + ")");
   }

@@ -34,7 +34,9 @@
 #include "comm/group_log.h"
 #include "comm/group_transport.h"
 #include "comm/header.h"
+#include "comm/last_words.h"
 #include "comm/program.h"
+#include "comm/remains.h"
 #include "comm/staging.h"
 #include "comm/telemetry.h"
 #include "comm/transport.h"
@@ -93,11 +95,18 @@ class Channel {
   /// Carries out a receive that no worker has begun, if it is the next one; as recv_now.
   void take_over(const Delivery& delivery, const std::function<void()>& poll);
 
+  /// What tells why a peer is gone, and takes the receives that are still posted at the end. Outlive the channel.
+  void set_end(LastWords* last_words, Remains* remains) {
+    last_words_ = last_words;
+    remains_ = remains;
+  }
   /// Tells whoever waits for a header that none will come, and why; waits for that until `deadline` at most. After it
-  /// nothing is sent. With static shapes nobody waits for headers: the end of the connections must tell.
+  /// nothing is sent. Who waits for anything else, hears it by LastWords.
   void give_up(const std::string& reason, std::chrono::steady_clock::time_point deadline);
   /// The receive that is under way looks whether one of its peers has died. From any thread.
   void nudge_receives() { receive_waiter_.nudge(); }
+  /// The send that is waited for looks whether its receiver has given up. From any thread.
+  void nudge_sends() { send_waiter_.nudge(); }
   /// Gives up the receives that are under way, and those only. From the thread that uses the channel.
   void abort_receives();
   /// Is a microbatch being sent?
@@ -230,6 +239,16 @@ class Channel {
                 std::int64_t sequence, const std::function<void()>& poll) const;
   BridgeError connection_broke(FlightPhase phase, int peer, const char* operation, std::int64_t sequence,
                                const TransportError& error) const;
+  /// What the one behind a broken connection has said before; empty where that is nothing.
+  std::string last_words_of(int peer) const;
+  /// Who is waited for, by the thread that waits.
+  struct Awaited {
+    int peer = -1;
+    bool gave_up = false;  ///< was seen once: what it sent before has had its time to come
+  };
+  /// Throws where the one that is waited for has given up: over connections that other bridges share, and keep, no
+  /// message fails.
+  void check_awaited(Awaited& awaited, const char* operation, std::int64_t sequence) const;
   std::string where(const char* operation, std::int64_t sequence) const;
   const char* send_name() const;
   const char* recv_name() const;
@@ -267,6 +286,10 @@ class Channel {
   std::vector<std::shared_ptr<Delivery>> receive_deliveries_;
 
   std::atomic<bool> receives_aborted_{false};
+  LastWords* last_words_ = nullptr;
+  Remains* remains_ = nullptr;
+  mutable Awaited received_from_;
+  mutable Awaited sent_to_;
 
   // Eager receives by header sender, in the order in which they were posted. What is not announced waits for the next
   // microbatch: there are at least as many as microbatches whose headers have not come.

@@ -37,13 +37,7 @@ void Channel::give_up(const std::string& reason, std::chrono::steady_clock::time
       continue;  // it is gone
     }
   }
-  for (Request& request : requests) {
-    try {
-      request.wait(std::chrono::duration_cast<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now()));
-    } catch (const std::exception&) {
-      continue;  // it is gone, or waits for something else: the end of the connection tells it
-    }
-  }
+  settle(std::move(requests), deadline);
 }
 
 void Channel::receive_headers(ReceiveJob& job, const std::function<void()>& poll) {

@@ -17,7 +17,9 @@ inline constexpr int kRowsTag = 3;
 /// The beginning of a payload: its receives are posted by the caller, too.
 inline constexpr int kEagerTag = 4;
 inline constexpr int kNumTags = 5;
-static_assert(2 * kNumTags <= kFirstGroupTag);
+/// After those of both directions.
+inline constexpr int kLastWordsTag = 2 * kNumTags;
+static_assert(kLastWordsTag < kFirstGroupTag);
 
 /// Messages that have been issued together.
 struct Channel::Issued {

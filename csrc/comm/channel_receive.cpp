@@ -62,7 +62,11 @@ std::unique_ptr<Channel::ReceiveJob> Channel::post_receive(Expected expected) {
 
 void Channel::end_receive(std::unique_ptr<ReceiveJob> job) {
   // After a failure messages may still arrive in these buffers.
-  if (failure_.failed() || receives_aborted_) return;
+  if (failure_.failed() || receives_aborted_) {
+    job->landing = {};
+    if (remains_ != nullptr) remains_->keep(std::move(job));
+    return;
+  }
   if (groups_) {
     keep_until_complete(*job);
     job->round = 0;
@@ -222,6 +226,7 @@ void Channel::look_around(ReceiveJob& job) const {
   for (std::size_t index = 0; index < job.eager.size(); ++index) {
     probe(job.eager[index].request, FlightPhase::kPayload, header_senders_[index].rank);
   }
+  check_awaited(received_from_, recv_name(), job.sequence);
   if (!job.incoming) return;
   ReceiveProgram::Incoming& incoming = *job.incoming;
   const auto& [stages, receives, lane_receives, lane_sends] = incoming.progress;

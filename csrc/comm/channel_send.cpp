@@ -208,10 +208,19 @@ void Channel::run_send(std::unique_ptr<SendJob> job) {
   std::exception_ptr failed;
   try {
     if (staging_ || groups_) failure_.check();  // perhaps nothing was posted
+    const std::int64_t sequence = job->sequence;
+    struct {
+      const Channel& channel;
+      std::int64_t sequence;
+    } nudged{*this, sequence};
+    // One pointer: std::function allocates for more.
+    const std::function<void()> poll = [&nudged] {
+      nudged.channel.check_awaited(nudged.channel.sent_to_, nudged.channel.send_name(), nudged.sequence);
+    };
     const auto wait = [&](Request& request, int peer) {
       if (!request) return;
       failure_.check();
-      wait_for(send_waiter_, request, FlightPhase::kMessage, peer, job->flight, send_name(), job->sequence, {});
+      wait_for(send_waiter_, request, FlightPhase::kMessage, peer, job->flight, send_name(), sequence, poll);
     };
     for (std::size_t index = 0; index < job->headers.size(); ++index) {
       wait(job->headers[index].request, header_receivers_[index].rank);

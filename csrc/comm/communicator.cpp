@@ -57,6 +57,9 @@ Communicator::Communicator(BridgeConfig config, std::unique_ptr<Transport> forwa
                                        core::Direction::kForward, group_log_, forward_groups_.get());
   backward_ = std::make_unique<Channel>(config_, back, failure_, backward_counters_, trace_, flight_,
                                         core::Direction::kBackward, group_log_, backward_groups_.get());
+  last_words_ = std::make_unique<LastWords>(config_, *forward_transport_);
+  forward_->set_end(last_words_.get(), remains_.get());
+  backward_->set_end(last_words_.get(), remains_.get());
 }
 
 Communicator::~Communicator() {
@@ -66,6 +69,18 @@ Communicator::~Communicator() {
   }
   interrupt_check_ = nullptr;  // nothing may be thrown from here
   close(true);
+  disconnect();  // also after leave()
+}
+
+void Communicator::disconnect() {
+  forward_.reset();
+  backward_.reset();
+  if (last_words_) remains_->keep(std::move(last_words_));
+  remains_.reset();
+  forward_transport_.reset();
+  backward_transport_.reset();
+  forward_groups_.reset();
+  backward_groups_.reset();
 }
 
 bool Communicator::forked() const {
@@ -77,6 +92,8 @@ void Communicator::abandon() {
   // The threads that they would join are the parent's, and the connections are still in use there.
   static_cast<void>(forward_.release());
   static_cast<void>(backward_.release());
+  static_cast<void>(last_words_.release());
+  static_cast<void>(new std::shared_ptr<Remains>(std::move(remains_)));
   static_cast<void>(forward_transport_.release());
   static_cast<void>(backward_transport_.release());
   static_cast<void>(forward_groups_.release());
@@ -90,6 +107,8 @@ void Communicator::close(bool abort, const std::string& reason) {
   if (!forward_) return;
   if (abort && !reason.empty()) {
     const auto deadline = std::chrono::steady_clock::now() + kLastWords;
+    // First where somebody listens in any case.
+    if (last_words_) last_words_->say(reason, deadline);
     forward_->give_up(reason, deadline);
     backward_->give_up(reason, deadline);
   }
@@ -110,6 +129,8 @@ void Communicator::close(bool abort, const std::string& reason) {
       fail();
     }
     while (!channel->close_within(kInterruptPeriod)) {
+      channel->nudge_sends();
+      channel->nudge_receives();
       if (interrupted || !interrupt_check_) continue;
       try {
         interrupt_check_();
@@ -119,12 +140,7 @@ void Communicator::close(bool abort, const std::string& reason) {
       }
     }
   }
-  forward_.reset();
-  backward_.reset();
-  forward_transport_.reset();
-  backward_transport_.reset();
-  forward_groups_.reset();
-  backward_groups_.reset();
+  disconnect();
   if (interrupted) std::rethrow_exception(interrupted);
   if (failure_.failed() && !told_) {
     told_ = true;
@@ -184,6 +200,7 @@ void Communicator::wait_for_room(Channel& channel, bool is_forward, const char* 
   const FlightRecorder::Blocked blocked(flight_, FlightCaller::In::kRoom, is_forward, 0,
                                         began.time_since_epoch().count());
   while (!channel.wait_for_room(kInterruptPeriod)) {
+    channel.nudge_sends();
     failure_.check();
     if (interrupt_check_) interrupt_check_();
     if (std::chrono::steady_clock::now() > deadline) {

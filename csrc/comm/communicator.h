@@ -12,6 +12,8 @@
 #include "comm/delivery.h"
 #include "comm/fifo.h"
 #include "comm/flight.h"
+#include "comm/last_words.h"
+#include "comm/remains.h"
 #include "comm/telemetry.h"
 #include "comm/transport.h"
 
@@ -85,6 +87,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   /// told, and what the interrupt check throws: the rest then does not wait.
   void close(bool abort, const std::string& reason = {});
   bool closed() const { return closed_; }
+  /// To be held by whoever keeps the connections after close(); null after it.
+  std::shared_ptr<Remains> remains() const { return remains_; }
 
   /// Closes without waiting: receives are given up, sends go on in the background (see Leftovers). For a communicator
   /// that nobody will use again.
@@ -101,6 +105,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void check_open(bool needed, const char* operation, const char* role) const;
   void wait_for_room(Channel& channel, bool is_forward, const char* operation);
   void check_process(const char* operation) const;
+  /// Lets go of the channels and the connections.
+  void disconnect();
   /// True in a process that was forked off after the construction.
   bool forked() const;
   /// There: lets go of everything without touching it.
@@ -114,6 +120,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::unique_ptr<Transport> backward_transport_;  ///< null: the same as forward
   std::unique_ptr<GroupTransport> forward_groups_;
   std::unique_ptr<GroupTransport> backward_groups_;
+  std::unique_ptr<LastWords> last_words_;
+  std::shared_ptr<Remains> remains_ = std::make_shared<Remains>();
   Failure failure_;
   bool told_ = false;  ///< an operation has thrown the failure
   Counters forward_counters_;
