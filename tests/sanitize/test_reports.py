@@ -52,4 +52,4 @@ def test_ranks_as_threads_get_the_right_values() -> None:
     program = Path(__file__).with_name("thread_ranks.py")
     run = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=100)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
-    assert run.stdout.count(": done") == 10
+    assert run.stdout.count(": done") == 14

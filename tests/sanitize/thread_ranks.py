@@ -18,11 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mimo_ext import _C, Layout
+from mimo_ext import _C, BridgeError, Layout
 
 TIMEOUT = timedelta(seconds=60)
 ROUNDS = 40
 ROWS, HIDDEN = 24, 8
+WIDE = 2048  # payloads that do not fit into a header: their beginnings travel ahead
 
 
 class Rank:
@@ -75,8 +76,8 @@ class Rank:
         )
 
 
-def tensor_of(step: int, lane: int, lanes: int) -> torch.Tensor:
-    whole = torch.arange(ROWS * HIDDEN, dtype=torch.float32).reshape(ROWS, HIDDEN) + 1000 * step
+def tensor_of(step: int, lane: int, lanes: int, hidden: int = HIDDEN) -> torch.Tensor:
+    whole = torch.arange(ROWS * hidden, dtype=torch.float32).reshape(ROWS, hidden) + 1000 * step
     return whole[ROWS * lane // lanes : ROWS * (lane + 1) // lanes]
 
 
@@ -90,7 +91,7 @@ def same(got: torch.Tensor, expected: torch.Tensor) -> None:
         raise AssertionError(f"expected {expected}, got {got}")
 
 
-def traffic(rank: Rank, name: str, src: Layout, dst: Layout, **options: Any) -> None:
+def traffic(rank: Rank, name: str, src: Layout, dst: Layout, hidden: int = HIDDEN, **options: Any) -> None:
     """Many microbatches both ways, in every manner of waiting, while another thread reads what the bridge tells."""
     bridge = rank.open(name, src, dst, **options)
     bridge.start_trace(16)
@@ -111,7 +112,7 @@ def traffic(rank: Rank, name: str, src: Layout, dst: Layout, **options: Any) -> 
         for step in range(0, ROUNDS, 2):
             if source:
                 for ahead in (step, step + 1):
-                    bridge.send_forward(tensor_of(ahead, *source))
+                    bridge.send_forward(tensor_of(ahead, *source, hidden))
             if destination:
                 handles = [bridge.irecv_forward(waits_soon=chance.random() < 0.5) for _ in range(chance.randrange(3))]
                 waits = [await_elsewhere if chance.random() < 0.5 else _C.Communicator.wait for _ in handles]
@@ -119,14 +120,14 @@ def traffic(rank: Rank, name: str, src: Layout, dst: Layout, **options: Any) -> 
                 while len(received) < 2:
                     received.append(bridge.recv_forward())
                 for ahead, y in zip((step, step + 1), received, strict=True):
-                    same(y, tensor_of(ahead, *destination))
+                    same(y, tensor_of(ahead, *destination, hidden))
                     sent = bridge.send_backward(2 * y.detach(), want_delivery=chance.random() < 0.5)
                     if sent is not None and chance.random() < 0.5:
                         bridge.wait(sent)
             if source:
                 for ahead in (step, step + 1):
                     dx = bridge.wait(bridge.irecv_backward()) if chance.random() < 0.5 else bridge.recv_backward()
-                    same(dx, 2 * tensor_of(ahead, *source))
+                    same(dx, 2 * tensor_of(ahead, *source, hidden))
     finally:
         over.set()
         reader.join()
@@ -157,11 +158,33 @@ def endings(rank: Rank, name: str, src: Layout, dst: Layout, **options: Any) -> 
                     bridge.irecv_forward()
         rank.meet.wait()  # whoever ends first would take what the others still wait for
         if number % 3 == 0:
-            bridge.close(abort=True)
+            bridge.close(abort=True, reason="this is the end")
         elif number % 3 == 1:
             bridge.leave()
         del bridge
     _C.finish_leftovers(True)
+
+
+def one_gives_up(rank: Rank, name: str, src: Layout, dst: Layout, fixed: bool = False) -> None:
+    """Its peers wait for it meanwhile, in both directions, and hear why."""
+    for number in range(8):
+        bridge = rank.open(f"{name}{number}", src, dst, fixed)
+        gives_up, waits = number % 4, (number % 4 + 2) % 4
+        if rank.rank == gives_up:
+            bridge.close(abort=True, reason="enough")
+        elif rank.rank == waits:
+            try:
+                source = lane_of(src, rank.rank)
+                if source:
+                    bridge.send_forward(tensor_of(0, *source))
+                bridge.recv_backward() if source else bridge.recv_forward()
+                raise AssertionError("received something")
+            except BridgeError as error:
+                if f"rank {gives_up} gave up: enough" not in str(error):
+                    raise AssertionError("expected another reason") from error
+            bridge.close(abort=True)
+        rank.meet.wait()
+        bridge.close()
 
 
 def run_as_threads(world_size: int, body: Callable[[Rank], None]) -> list[str]:
@@ -188,6 +211,7 @@ def main() -> int:
     torch.set_num_threads(1)
     fan_in = Layout([0, 1], dp=2, name="a"), Layout([2, 3], tp=2, name="b")
     fan_out = Layout([0, 1], tp=2, name="a"), Layout([2, 3], dp=2, name="b")
+    equal = Layout([0, 1], dp=2, name="a"), Layout([2, 3], dp=2, name="b")
     shared = Layout([0, 1, 2], dp=3, name="a"), Layout([2, 3], tp=2, name="b")
     staged = {"carrier": "staged", "copy_delay": timedelta(microseconds=300)}
     groups = {"carrier": "groups"}
@@ -196,12 +220,16 @@ def main() -> int:
         ("fan-out, in chunks", lambda rank: traffic(rank, "fan-out", *fan_out, path="pipelined")),
         ("static", lambda rank: traffic(rank, "static", *fan_in, fixed=True, path="pipelined")),
         ("a rank on both sides", lambda rank: traffic(rank, "shared", *shared)),
+        ("payload ahead of its turn", lambda rank: traffic(rank, "wide", *equal, hidden=WIDE)),
         ("endings", lambda rank: endings(rank, "endings", *fan_in)),
         ("staged", lambda rank: traffic(rank, "staged", *fan_in, **staged)),
         ("staged, a rank on both sides", lambda rank: traffic(rank, "staged shared", *shared, **staged)),
         ("staged endings", lambda rank: endings(rank, "staged endings", *fan_in, **staged)),
         ("in groups", lambda rank: traffic(rank, "groups", *fan_out, path="pipelined", **groups)),
         ("endings in groups", lambda rank: endings(rank, "groups endings", *fan_in, **groups)),
+        ("endings, static", lambda rank: endings(rank, "static endings", *fan_in, fixed=True)),
+        ("one rank gives up", lambda rank: one_gives_up(rank, "one", *equal)),
+        ("one rank gives up, static", lambda rank: one_gives_up(rank, "static one", *equal, fixed=True)),
     ]
     wrong = 0
     for name, body in cases:
