@@ -96,6 +96,7 @@ Channel::~Channel() {
   close();
   if (remains_ == nullptr) return;
   while (!queued_.empty()) {
+    queued_.front()->landing = {};
     remains_->keep(std::move(queued_.front()));
     queued_.pop_front();
   }
