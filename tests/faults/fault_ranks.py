@@ -8,6 +8,7 @@ program.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import os
@@ -201,7 +202,11 @@ class Training:
 
 
 def threads() -> dict[str, str]:
-    return {task.name: (task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found[task.name] = (task / "comm").read_text().strip()
+    return found
 
 
 def descriptors() -> int:
