@@ -121,8 +121,8 @@ check-install: $(VENV)/.test $(VENV)/.built
 .PHONY: check-sanitize
 check-sanitize: $(VENV)/.test
 	@sh scripts/require_gtest.sh
-	$(MAKE) -C tests/cpp test
-	$(MAKE) -C tests/cpp test SANITIZE=-fsanitize=thread BUILD=../../build/cpp-thread
+	$(MAKE) -j$(MAX_JOBS) -C tests/cpp test
+	$(MAKE) -j$(MAX_JOBS) -C tests/cpp test SANITIZE=-fsanitize=thread BUILD=../../build/cpp-thread
 	MIMO_EXT_SANITIZE=address,undefined $(PY) setup.py -q build --build-base build/address --build-lib build/address/lib
 	$(PY) tests/sanitize/run.py address build/address/lib || test $$? -eq 77
 	MIMO_EXT_SANITIZE=thread $(PY) setup.py -q build --build-base build/thread --build-lib build/thread/lib
@@ -179,7 +179,7 @@ check-cuda: $(VENV)/.built
 .PHONY: test-cpp
 test-cpp:
 	@sh scripts/require_gtest.sh
-	$(MAKE) -C tests/cpp test
+	$(MAKE) -j$(MAX_JOBS) -C tests/cpp test
 
 # What comes from users and peers, under libFuzzer with ASan and UBSan: RUNS inputs for each target. The short form is
 # a part of the tests wherever there is a clang with libFuzzer; there each target must also find planted bugs.
@@ -187,12 +187,13 @@ RUNS ?= 5000000
 
 .PHONY: fuzz
 fuzz:
+	$(MAKE) -j$(MAX_JOBS) -C tests/cpp/fuzz build
 	$(MAKE) -C tests/cpp/fuzz long RUNS_EACH=$(RUNS)
 
 .PHONY: fuzz-smoke
 fuzz-smoke:
 	@if $(MAKE) -s -C tests/cpp/fuzz available; then \
-		$(MAKE) -C tests/cpp/fuzz smoke planted PYTHON="$(PYTHON)"; \
+		$(MAKE) -s -j$(MAX_JOBS) -C tests/cpp/fuzz build && $(MAKE) -C tests/cpp/fuzz smoke planted PYTHON="$(PYTHON)"; \
 	else \
 		echo "SKIPPED: fuzzing; needs clang++ with libFuzzer (Debian: apt-get install clang libclang-rt-14-dev)"; \
 	fi

@@ -47,7 +47,7 @@ DIFFERENCES: dict[str, tuple[dict[str, Any] | Callable[[], None], str, str]] = {
     "bytes of a chunk": ({"min_chunk_bytes": 1}, "chunks=8x65536", "chunks=8x1"),
     "path": ({"path": "leader"}, "path=auto", "path=leader"),
     "links": ({"links": Links(nic=1e9)}, "links=None", "links=Links(nic=1000000000.0"),
-    "unpaired gradients": ({"unpaired_backward": True}, "links=None layouts=", "links=None unpaired_backward layouts="),
+    "unpaired gradients": ({"unpaired_backward": True}, "transport=None layouts=", "transport=None unpaired_backward layouts="),
     "version of the package": (older("__version__", "0.0.7"), f"mimo_ext={mimo_ext.__version__} ", "mimo_ext=0.0.7 "),
     "planner": (older("_planner", lambda: "0123456789abcdef"), f"planner={_version._planner()}", "planner=0123456789abcdef"),
     "version of torch": (older("torch", type("torch", (), {"__version__": "2.1.0"})), f"torch={torch.__version__.split('+')[0]}", "torch=2.1.0"),
