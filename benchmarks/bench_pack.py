@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P
 
-from bench_rescale import BUSY, MIB, MISSED, rotating_times
+from bench_rescale import BUSY, MIB, MISSED, memory_options, rotating_times
 from busy import BUSY_LIMIT, MachineBusy, machine_usage, other_share, process_usage
 from records import Measurement, Record, measurement, memory_table, write_json
 
@@ -34,18 +34,13 @@ NOT_GATED = ("pack-transposed", "unpack-transposed")
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer repeats: under ten seconds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
-    parser.add_argument("--mib", type=int, default=128, help="size of the tensor in bfloat16 (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, help="pairs of each measurement (default: 25, quick: 9)")
-    parser.add_argument("--ignore-busy", action="store_true", help="report although other work is busy; `busy` tells")
-    options = parser.parse_args(arguments)
-    options.repeats = options.repeats or (9 if options.quick else 25)
-    for name in ("repeats", "mib"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}: expected a positive number, got {getattr(options, name)}")
-    return options
+    return memory_options(
+        arguments,
+        description=(__doc__ or "").splitlines()[0],
+        quick="fewer repeats: under ten seconds",
+        mib=128,
+        size_of="the tensor in bfloat16",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

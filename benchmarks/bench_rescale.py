@@ -34,15 +34,29 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="float32 alone, fewer repeats: a few seconds")
+    options = memory_options(
+        arguments,
+        description=(__doc__ or "").splitlines()[0],
+        quick="float32 alone, fewer repeats: a few seconds",
+        mib=256,
+        size_of="the buffer",
+    )
+    options.dtypes = DTYPES[:1] if options.quick else DTYPES
+    return options
+
+
+def memory_options(
+    arguments: Sequence[str] | None, *, description: str, quick: str, mib: int, size_of: str
+) -> argparse.Namespace:
+    """The options of a benchmark of passes over memory. `mib`: the default size of what `size_of` names."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
-    parser.add_argument("--mib", type=int, default=256, help="size of the buffer (default: %(default)s)")
+    parser.add_argument("--mib", type=int, default=mib, help=f"size of {size_of} (default: %(default)s)")
     parser.add_argument("--repeats", type=int, help="pairs of each measurement (default: 25, quick: 9)")
     parser.add_argument("--ignore-busy", action="store_true", help="report although other work is busy; `busy` tells")
     options = parser.parse_args(arguments)
     options.repeats = options.repeats or (9 if options.quick else 25)
-    options.dtypes = DTYPES[:1] if options.quick else DTYPES
     for name in ("repeats", "mib"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: expected a positive number, got {getattr(options, name)}")
