@@ -14,19 +14,19 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P
 
-from bench_rescale import BUSY, MIB, MISSED, memory_options, rotating_times
-from busy import BUSY_LIMIT, MachineBusy, machine_usage, other_share, process_usage
+from bench_rescale import BUSY, MIB, MISSED, memory_options, quiet_times, rotating_times
+from busy import MachineBusy
 from records import Measurement, Record, measurement, memory_table, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ATTEMPTS = 3
 LIMIT = 1 / 1.10  # copy's time / ours
 # Every element is written far from the one before: no copy of rows, and no promise.
 NOT_GATED = ("pack-transposed", "unpack-transposed")
@@ -77,17 +77,8 @@ def measure(num_bytes: int, repeats: int, ignore_busy: bool) -> list[Measurement
     torch.set_num_threads(1)
     found = []
     for name, dtypes, moved, ours, copy in cases(num_bytes):
-        for attempt in range(ATTEMPTS):
-            machine, mine = machine_usage(), process_usage()
-            times = rotating_times({"ours": ours, "copy": copy}, repeats)
-            busy = other_share(machine_usage() - machine, [process_usage() - mine])
-            if ignore_busy or busy <= BUSY_LIMIT:
-                break
-            if attempt == ATTEMPTS - 1:
-                raise MachineBusy(
-                    f"{name}: other work used {busy:.0%} of the machine, expected at most {BUSY_LIMIT:.0%} "
-                    f"({ATTEMPTS} attempts)"
-                )
+        runs = {"ours": ours, "copy": copy}
+        times, busy = quiet_times(name, partial(rotating_times, runs, repeats), ignore_busy)
         found.append(
             measurement(
                 name,

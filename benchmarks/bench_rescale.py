@@ -29,6 +29,7 @@ MIB = 1 << 20
 # Opponent's time / ours that has to be reached. One mul_ moves the same bytes: ours may take a tenth more.
 LIMITS = {"fused_vs_mul": 1 / 1.10, "fused_vs_three_mul": 2.8, "fused_vs_mul_norm": 1.8}
 GATED_DTYPE = "float32"
+Times = dict[str, list[float]]  # seconds of each repeat, by what was run
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -103,31 +104,41 @@ def missed(records: Sequence[Record]) -> list[str]:
 
 def measure(dtype: str, num_bytes: int, repeats: int, ignore_busy: bool) -> list[Measurement]:
     """All opponents for one dtype; again, where other work was busy."""
+    times, busy = quiet_times(dtype, lambda: pass_times(dtype, num_bytes, repeats), ignore_busy)
+    ours = times.pop("fused")
+    return [
+        measurement(
+            f"fused_vs_{opponent}",
+            None,
+            num_bytes,
+            dtype,
+            released_s=theirs,
+            method_s=ours,
+            bound_s=None,
+            busy=busy,
+        )
+        for opponent, theirs in times.items()
+    ]
+
+
+def quiet_times(what: str, run: Callable[[], Times], ignore_busy: bool) -> tuple[Times, float]:
+    """What `run` has measured, and the share of the machine that other work used; again, where that was too much.
+
+    Raises:
+        MachineBusy: other work disturbed `what` `ATTEMPTS` times.
+    """
     for _ in range(ATTEMPTS):
         machine, mine = machine_usage(), process_usage()
-        times = pass_times(dtype, num_bytes, repeats)
+        times = run()
         busy = other_share(machine_usage() - machine, [process_usage() - mine])
         if ignore_busy or busy <= BUSY_LIMIT:
-            ours = times.pop("fused")
-            return [
-                measurement(
-                    f"fused_vs_{opponent}",
-                    None,
-                    num_bytes,
-                    dtype,
-                    released_s=theirs,
-                    method_s=ours,
-                    bound_s=None,
-                    busy=busy,
-                )
-                for opponent, theirs in times.items()
-            ]
+            return times, busy
     raise MachineBusy(
-        f"{dtype}: other work used {busy:.0%} of the machine, expected at most {BUSY_LIMIT:.0%} ({ATTEMPTS} attempts)"
+        f"{what}: other work used {busy:.0%} of the machine, expected at most {BUSY_LIMIT:.0%} ({ATTEMPTS} attempts)"
     )
 
 
-def pass_times(dtype: str, num_bytes: int, repeats: int) -> dict[str, list[float]]:
+def pass_times(dtype: str, num_bytes: int, repeats: int) -> Times:
     """Seconds of each repeat, by what was run."""
     import torch
 
@@ -162,7 +173,7 @@ def pass_times(dtype: str, num_bytes: int, repeats: int) -> dict[str, list[float
     return rotating_times(runs, repeats)
 
 
-def rotating_times(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def rotating_times(runs: dict[str, Callable[[], object]], repeats: int) -> Times:
     """Every repeat runs all, each time beginning with another one. One repeat before the first warms up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
