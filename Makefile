@@ -45,6 +45,7 @@ help:
 	@echo "make test      all tests: lint, C++, Python, distributed, Megatron"
 	@echo "make fuzz      headers, plans and row shards of any numbers, millions of them (needs clang with libFuzzer)"
 	@echo "make bench     the bridge against Megatron's own, on an emulated cluster (needs root): benchmarks/README.md"
+	@echo "make bench-telemetry     what telemetry costs, against a build that has none"
 	@echo "make figures   the README's figures and picture, made of benchmarks/results"
 	@echo "make build     set up and install the extension into $(VENV)"
 	@echo "make lint      formatting, lint and types; make format mends the formatting"
@@ -157,6 +158,12 @@ bench: $(VENV)/.example $(VENV)/.built
 	$(BENCH)/bench_rescale.py --json out/bench/rescale.json $(QUIET_ARGS)
 	$(PY) -W ignore benchmarks/bench_plan.py --json out/bench/plan.json --details out/bench/plan_details.json \
 		$(filter --quick,$(BENCH_ARGS))
+
+# What telemetry costs: against a build without it, below build/.
+.PHONY: bench-telemetry
+bench-telemetry: $(VENV)/.example $(VENV)/.built
+	MIMO_EXT_TELEMETRY=0 $(PY) setup.py -q build --build-base build/bare --build-lib build/bare/lib
+	$(BENCH)/bench_telemetry.py --bare build/bare/lib --json out/bench/telemetry.json $(QUIET_ARGS)
 
 .PHONY: figures
 figures: $(VENV)/.example $(VENV)/.built

@@ -170,6 +170,8 @@ SYSTEM = [flag for path in [*include_paths(), sysconfig.get_paths()["include"]] 
 SANITIZE = os.environ.get("MIMO_EXT_SANITIZE")
 # UBSan goes on after a report: the log tells all of them.
 SANITIZER = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer"] if SANITIZE else []
+# Without telemetry only benchmarks are built: they measure what it costs.
+TELEMETRY = [("MIMO_EXT_TELEMETRY", "0")] if os.environ.get("MIMO_EXT_TELEMETRY") == "0" else []
 OPTIMIZE = ["-O1", "-g", *SANITIZER] if SANITIZE else ["-O3", "-g0"]
 CUDA_LINK = []
 if USE_CUDA and CUDA is not None:
@@ -184,7 +186,7 @@ setup(
             "mimo_ext._C",
             SOURCES + (CUDA_GLUE if USE_CUDA else []),
             include_dirs=[str(Path("csrc").resolve())],
-            define_macros=[("MIMO_EXT_TORCH_VERSION", f'"{torch.__version__}"')],
+            define_macros=[("MIMO_EXT_TORCH_VERSION", f'"{torch.__version__}"'), *TELEMETRY],
             # c++20 is given explicitly: torch 2.11 would append c++17.
             extra_compile_args={
                 "cxx": ["-std=c++20", *OPTIMIZE, "-fvisibility=hidden", "-fopenmp", *WARNINGS, *WERROR, *SYSTEM]

@@ -29,6 +29,7 @@ from cases import BATCH, KIB, REPLICATED, SHARDED, STATIC, Case, parse_layout
 from records import Measurement, measurement, table, write_json
 from released import ReleasedUnavailable, require_released
 
+Step = Callable[[], None]
 ATTEMPTS = 3
 SKIPPED, BUSY = 77, 75
 # A method's suffix says which clock: from call to return, processor time of the calling thread, and of all threads.
@@ -141,10 +142,10 @@ def rank_times(case: Case, rank: int, repeats: int, steps: int) -> dict[str, dic
 
     torch.set_num_threads(1)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_fake_group(rank, case.world_size))
-        run: dict[str, Callable[[], None]] = {"released": _released(stack, case, rank)}
+        stack.enter_context(fake_group(rank, case.world_size))
+        run: dict[str, Step] = {"released": _released(stack, case, rank)}
         for method in case.methods:
-            run[method] = _ours(stack, case, method, rank)
+            run[method] = ours(stack, case, method, rank)[0]
         for step in run.values():
             for _ in range(50):
                 step()
@@ -164,7 +165,7 @@ def rank_times(case: Case, rank: int, repeats: int, steps: int) -> dict[str, dic
 
 
 @contextlib.contextmanager
-def _fake_group(rank: int, world_size: int) -> Iterator[None]:
+def fake_group(rank: int, world_size: int) -> Iterator[None]:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -180,15 +181,16 @@ def _fake_group(rank: int, world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _ours(stack: contextlib.ExitStack, case: Case, method: str, rank: int) -> Callable[[], None]:
-    """Our bridge, whose process groups are fake ones, too; all other ranks say what this one says."""
+def ours(stack: contextlib.ExitStack, case: Case, method: str, rank: int) -> tuple[Step, Any]:
+    """Our bridge, whose process groups are fake ones, too; all other ranks say what this one says. And that bridge."""
     import transfers
 
     ops = stack.enter_context(transfers.ours(case, method))
-    return _step(ops, transfers.data_of(case, rank, method.startswith(SHARDED)).sends, rank < case.source.size)
+    sends = transfers.data_of(case, rank, method.startswith(SHARDED)).sends
+    return _step(ops, sends, rank < case.source.size), ops.send_forward.__self__
 
 
-def _released(stack: contextlib.ExitStack, case: Case, rank: int) -> Callable[[], None]:
+def _released(stack: contextlib.ExitStack, case: Case, rank: int) -> Step:
     import torch
     import transfers
 
@@ -216,7 +218,7 @@ def leaders(case: Case) -> list[int]:
     ]
 
 
-def _step(ops: Any, tensor: Any, is_source: bool) -> Callable[[], None]:
+def _step(ops: Any, tensor: Any, is_source: bool) -> Step:
     if is_source:
 
         def step() -> None:

@@ -3,9 +3,9 @@
     python scripts/figures.py            check; exit status 1 where a page does not say what the records say
     python scripts/figures.py --write    write the figures anew, and draw the picture (`make figures`)
 
-Records are what the benchmarks' --json writes (see benchmarks/README.md): bridge.json, host.json, training.json and
-plan.json. A page holds a block between `<!-- figures: NAME -->` and `<!-- end of figures -->` for each of `BLOCKS` that
-it shows; nothing in there is typed by hand. Where there are no records yet, the block says so.
+Records are what the benchmarks' --json writes (see benchmarks/README.md): bridge.json, host.json, training.json,
+telemetry.json and plan.json. A page holds a block between `<!-- figures: NAME -->` and `<!-- end of figures -->` for
+each of `BLOCKS` that it shows; nothing in there is typed by hand. Where there are no records yet, the block says so.
 """
 
 from __future__ import annotations
@@ -56,6 +56,16 @@ def each(records: Sequence[Record]) -> str:
     return _table(head, shown, left=4)
 
 
+def telemetry(records: Sequence[Record]) -> str:
+    """A line for each record: what there is none of but the ratio."""
+    names = {
+        "off": "counters (no trace, no profiler)",
+        "trace": "counters and a trace",
+        "nothing": "none either: what cannot be told apart",
+    }
+    return _table(["telemetry", "none / this"], [[names[one.method], _ratio(one)] for one in records], left=1)
+
+
 class Block(NamedTuple):
     """Which records a block shows, and how."""
 
@@ -71,6 +81,7 @@ BLOCKS = {
     "small": Block("bridge", lambda one: one.name in SMALL, each),
     "training": Block("training", lambda one: True, each),
     "host": Block("host", lambda one: True, each),
+    "telemetry": Block("telemetry", lambda one: True, telemetry),
     "set-up": Block("plan", lambda one: one.name.startswith("set-up"), each),
 }
 
@@ -95,11 +106,13 @@ def _foot(records: Sequence[Record]) -> str:
     """What holds for a whole table."""
     repeats = sorted({one.repeats for one in records if one.repeats})
     busy = [one.busy for one in records if one.busy is not None]
-    lost = slower([one for one in records if not one.name.startswith("exposed")], LIMIT)
+    lost = slower([one for one in records if not one.name.startswith(("exposed", "telemetry"))], LIMIT)
     pairs = f"{repeats[0]} to {repeats[-1]}" if len(repeats) > 1 else "".join(map(str, repeats))
     text = f"Median of {pairs} pairs (smallest .. largest)."
     if busy:
         text += f" Other work used at most {max(busy):.0%} of the machine meanwhile."
+    if all(one.name == "telemetry" for one in records):
+        return text
     if lost:
         return f"{text} Ours may be slower (smallest ratio below {LIMIT}) in: {'; '.join(lost)}."
     return f"{text} No smallest ratio is below {LIMIT}."

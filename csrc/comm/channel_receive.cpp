@@ -345,13 +345,12 @@ void Channel::deliver(ReceiveJob& job, at::Tensor tensor, std::shared_ptr<const 
     };
     const bool all = job.incoming->without_gradient.empty();
     bytes = all ? program.bytes_received : volume(program.receives) + volume(program.lane_receives);
-    counters_.bytes_sent.fetch_add(all ? program.bytes_forwarded : volume(program.lane_sends),
-                                   std::memory_order_relaxed);
+    counters_.bytes_sent.add(all ? program.bytes_forwarded : volume(program.lane_sends));
   }
   flight_.retire(job.flight, false, job.times.ended);
-  counters_.receives.fetch_add(1, std::memory_order_relaxed);
-  counters_.bytes_received.fetch_add(bytes, std::memory_order_relaxed);
-  counters_.transfer_ns.fetch_add(job.times.ended - job.times.started, std::memory_order_relaxed);
+  counters_.receives.add(1);
+  counters_.bytes_received.add(bytes);
+  counters_.transfer_ns.add(job.times.ended - job.times.started);
   const bool expects_backward = tensor.defined() && job.expects_backward;
   if (job.incoming) job.incoming->result.reset();
   auto copy = staging_ && tensor.defined() ? stage_in(job, tensor) : nullptr;

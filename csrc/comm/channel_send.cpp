@@ -1,6 +1,5 @@
 // The sending half of a channel.
 #include <ATen/Functions.h>
-#include <ATen/record_function.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
@@ -144,8 +143,8 @@ std::shared_ptr<Delivery> Channel::send(std::shared_ptr<SendProgram> program, co
     push_local(std::move(local));
   }
   ++next_send_;
-  counters_.sends.fetch_add(1, std::memory_order_relaxed);
-  if (job->payload) counters_.bytes_sent.fetch_add(job->program->bytes, std::memory_order_relaxed);
+  counters_.sends.add(1);
+  if (job->payload) counters_.bytes_sent.add(job->program->bytes);
   bool crowded = false;
   {
     const std::lock_guard lock(room_mutex_);

@@ -1,7 +1,6 @@
 #include "comm/communicator.h"
 
 #include <ATen/Functions.h>
-#include <ATen/record_function.h>
 #include <c10/core/GradMode.h>
 
 #include <array>
@@ -232,7 +231,7 @@ std::shared_ptr<Delivery> Communicator::send_forward(const at::Tensor& x,
                                                      std::optional<std::int64_t> num_samples,
                                                      const RowShards& row_shards, bool want_delivery) {
   constexpr const char* kOperation = "send_forward";
-  RECORD_USER_SCOPE("mimo_ext::send_forward");
+  MIMO_EXT_RANGE("mimo_ext::send_forward");
   const Telling telling(*this);
   check_open(is_source(), kOperation, "source");
   check_tensor(config_, x, config_.source.module, rank_, kOperation);
@@ -292,7 +291,7 @@ void Communicator::note_received(const std::shared_ptr<Delivery>& delivery) {
 }
 
 std::shared_ptr<Delivery> Communicator::irecv_forward(const RowShards& row_shards, bool waits_soon) {
-  RECORD_USER_SCOPE("mimo_ext::recv_forward");
+  MIMO_EXT_RANGE("mimo_ext::recv_forward");
   const Telling telling(*this);
   auto expected = expected_forward(row_shards);
   auto delivery = forward_->recv(std::move(expected), waits_soon);
@@ -301,7 +300,7 @@ std::shared_ptr<Delivery> Communicator::irecv_forward(const RowShards& row_shard
 }
 
 at::Tensor Communicator::recv_forward(const RowShards& row_shards) {
-  RECORD_USER_SCOPE("mimo_ext::recv_forward.wait");
+  MIMO_EXT_RANGE("mimo_ext::recv_forward.wait");
   const Telling telling(*this);
   auto expected = expected_forward(row_shards);
   const std::int64_t began = Times::now();
@@ -338,7 +337,7 @@ core::Microbatch Communicator::microbatch_of_gradient(const at::Tensor& gradient
 
 std::shared_ptr<Delivery> Communicator::send_backward(const at::Tensor& gradient, bool want_delivery) {
   constexpr const char* kOperation = "send_backward";
-  RECORD_USER_SCOPE("mimo_ext::send_backward");
+  MIMO_EXT_RANGE("mimo_ext::send_backward");
   const Telling telling(*this);
   check_open(is_destination(), kOperation, "destination");
   skip_without_backward();
@@ -386,7 +385,7 @@ void Communicator::note_backward_posted() {
 }
 
 std::shared_ptr<Delivery> Communicator::irecv_backward(bool waits_soon) {
-  RECORD_USER_SCOPE("mimo_ext::recv_backward");
+  MIMO_EXT_RANGE("mimo_ext::recv_backward");
   const Telling telling(*this);
   auto expected = expected_backward();
   auto delivery = backward_->recv(std::move(expected), waits_soon);
@@ -395,7 +394,7 @@ std::shared_ptr<Delivery> Communicator::irecv_backward(bool waits_soon) {
 }
 
 at::Tensor Communicator::recv_backward() {
-  RECORD_USER_SCOPE("mimo_ext::recv_backward.wait");
+  MIMO_EXT_RANGE("mimo_ext::recv_backward.wait");
   const Telling telling(*this);
   auto expected = expected_backward();
   const std::int64_t began = Times::now();
@@ -424,9 +423,9 @@ at::Tensor Communicator::finish(Delivery& delivery, std::int64_t began) {
   delivery.check();
   if (const auto copy = delivery.copy()) order_after(*copy, delivery);
   at::Tensor tensor = delivery.take();
-  if (delivery.is_send()) return tensor;
+  if (delivery.is_send() || !kTelemetry) return tensor;
   const std::int64_t ended = Times::now();
-  counters(delivery.is_forward()).exposed_ns.fetch_add(ended - began, std::memory_order_relaxed);
+  counters(delivery.is_forward()).exposed_ns.add(ended - began);
   if (trace_.on()) {
     trace_.add({false, delivery.is_forward(), delivery.sequence(), delivery.bytes(), delivery.times(), began, ended});
   }
@@ -456,7 +455,7 @@ at::Tensor Communicator::wait(Delivery& delivery) {
   static constexpr std::array<const char*, 4> kRanges{"mimo_ext::recv_backward.wait", "mimo_ext::recv_forward.wait",
                                                       "mimo_ext::send_backward.wait", "mimo_ext::send_forward.wait"};
   check_process("wait");
-  RECORD_USER_SCOPE(kRanges[(delivery.is_send() ? 2U : 0U) + (delivery.is_forward() ? 1U : 0U)]);
+  MIMO_EXT_RANGE(kRanges[(delivery.is_send() ? 2U : 0U) + (delivery.is_forward() ? 1U : 0U)]);
   const Telling telling(*this);
   return finish(delivery, Times::now());
 }

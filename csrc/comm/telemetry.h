@@ -1,5 +1,9 @@
 // What a bridge counts about itself, always, and the trace that it keeps when asked to.
+//
+// MIMO_EXT_TELEMETRY=0 builds without any of it: benchmarks/bench_telemetry.py measures against that what it costs.
 #pragma once
+
+#include <ATen/record_function.h>
 
 #include <atomic>
 #include <cstdint>
@@ -9,16 +13,41 @@
 
 #include "comm/delivery.h"
 
+#ifndef MIMO_EXT_TELEMETRY
+#define MIMO_EXT_TELEMETRY 1
+#endif
+
+#if MIMO_EXT_TELEMETRY
+/// A range of torch.profiler up to the end of the block.
+#define MIMO_EXT_RANGE(name) RECORD_USER_SCOPE(name)
+#else
+#define MIMO_EXT_RANGE(name) static_cast<void>(name)
+#endif
+
 namespace mimo_ext::comm {
 
-/// Of one direction. Any thread may read while others count.
+inline constexpr bool kTelemetry = MIMO_EXT_TELEMETRY != 0;
+
+/// Any thread may add, and read while others add.
+class Count {
+ public:
+  void add(std::int64_t amount) {
+    if constexpr (kTelemetry) value_.fetch_add(amount, std::memory_order_relaxed);
+  }
+  std::int64_t load() const { return value_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<std::int64_t> value_{0};
+};
+
+/// Of one direction.
 struct Counters {
-  std::atomic<std::int64_t> sends{0};
-  std::atomic<std::int64_t> receives{0};
-  std::atomic<std::int64_t> bytes_sent{0};      ///< payload, with what is forwarded to the lane
-  std::atomic<std::int64_t> bytes_received{0};  ///< payload, from others
-  std::atomic<std::int64_t> transfer_ns{0};     ///< of receives, from their start to their end
-  std::atomic<std::int64_t> exposed_ns{0};      ///< for which callers waited for receives
+  Count sends;
+  Count receives;
+  Count bytes_sent;      ///< payload, with what is forwarded to the lane
+  Count bytes_received;  ///< payload, from others
+  Count transfer_ns;     ///< of receives, from their start to their end
+  Count exposed_ns;      ///< for which callers waited for receives
 };
 
 /// One operation as its rank saw it: nanoseconds of std::chrono::steady_clock (CLOCK_MONOTONIC, one for all processes
@@ -42,7 +71,7 @@ class Trace {
     events_.clear();
     capacity_.store(capacity, std::memory_order_relaxed);
   }
-  bool on() const { return capacity_.load(std::memory_order_relaxed) > 0; }
+  bool on() const { return kTelemetry && capacity_.load(std::memory_order_relaxed) > 0; }
   /// The oldest event makes room where there are too many.
   void add(const Event& event) {
     const std::lock_guard lock(mutex_);

@@ -51,7 +51,7 @@ core::Microbatch microbatch_of(Numbers& in) {
   const std::int64_t kind = in.byte();
   microbatch.ndim = kind >= 250 ? in.any_int() : kind % 2 == 0 ? 2 : 3;
   microbatch.batch_dim = kind >= 248 ? in.any_int() : microbatch.ndim == 3 ? static_cast<int>(in.below(3)) : 0;
-  const int other = (microbatch.batch_dim + 1 + static_cast<int>(in.below(2))) % 3;
+  const auto other = static_cast<int>((std::int64_t{microbatch.batch_dim} + 1 + in.below(2)) % 3);
   microbatch.seq_dim = kind >= 248 ? in.any_int() : microbatch.ndim == 3 ? other : 0;
   microbatch.samples = in.any();
   for (std::int64_t& extent : microbatch.shape) extent = in.any();
