@@ -132,7 +132,7 @@ check-sanitize: $(VENV)/.test
 # Values, memory, threads, descriptors and throughput over many microbatches of random shapes.
 .PHONY: soak
 soak: $(VENV)/.test $(VENV)/.built
-	PYTHONPATH=tests $(PY) -P -W ignore tests/soak/soak.py --seconds $(SOAK_SECONDS) --json out/soak.json
+	PYTHONPATH=tests:tests/soak $(PY) -P -W ignore tests/soak/soak.py --seconds $(SOAK_SECONDS) --json out/soak.json
 
 # CASES: parts of the names of the cases to run, e.g. CASES="killed recv_forward". FAULTS_ARGS: see the program's --help.
 FAULTS_ARGS ?= --times 2

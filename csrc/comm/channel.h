@@ -134,6 +134,7 @@ class Channel {
   struct Issued;
   struct Flying;
   struct SendJob;
+  struct Outcome;
   struct ReceiveJob;
   /// What this rank sends to itself.
   struct LocalItem {
@@ -198,7 +199,10 @@ class Channel {
   void run_queued_receives();
   /// In the caller's thread, while it has the turn.
   void drive(std::unique_ptr<ReceiveJob> job, const std::function<void()>& poll);
+  /// Tells the outcome when all that the receive has used is free again.
   void end_receive(std::unique_ptr<ReceiveJob> job);
+  /// What it has used is there for the next one.
+  void recycle(std::unique_ptr<ReceiveJob> job);
   /// Ends the delivery, well or not, or throws Interrupted.
   void run_receive(ReceiveJob& job, const std::function<void()>& poll);
   void receive(ReceiveJob& job, const std::function<void()>& caller);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "comm/channel.h"
@@ -44,6 +45,15 @@ struct Channel::SendJob {
   Times times;
 };
 
+/// What a receive that went well hands out.
+struct Channel::Outcome {
+  at::Tensor tensor;
+  std::shared_ptr<const core::Microbatch> microbatch;
+  bool expects_backward = false;
+  std::int64_t bytes = 0;
+  std::shared_ptr<Copy> copy;
+};
+
 struct Channel::ReceiveJob {
   std::int64_t sequence = 0;
   std::uint64_t flight = 0;  ///< its entry in the flight recorder
@@ -66,6 +76,7 @@ struct Channel::ReceiveJob {
   std::shared_ptr<ReceiveProgram> program;
   std::unique_ptr<ReceiveProgram::Incoming> incoming;
   std::shared_ptr<Delivery> delivery;
+  std::optional<Outcome> outcome;  ///< until it is told
   Times times;
 };
 

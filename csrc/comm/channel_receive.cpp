@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "comm/channel_jobs.h"
 
@@ -61,6 +62,18 @@ std::unique_ptr<Channel::ReceiveJob> Channel::post_receive(Expected expected) {
 }
 
 void Channel::end_receive(std::unique_ptr<ReceiveJob> job) {
+  // Whoever waits for this may post the next receive at once: what is kept for it would else grow by a set of buffers,
+  // sooner or later.
+  const std::shared_ptr<Delivery> delivery = job->delivery;
+  std::optional<Outcome> outcome = std::exchange(job->outcome, std::nullopt);
+  const Times times = job->times;
+  recycle(std::move(job));
+  if (!outcome) return;
+  delivery->set(std::move(outcome->tensor), std::move(outcome->microbatch), outcome->expects_backward, times,
+                outcome->bytes, std::move(outcome->copy));
+}
+
+void Channel::recycle(std::unique_ptr<ReceiveJob> job) {
   // After a failure messages may still arrive in these buffers.
   if (failure_.failed() || receives_aborted_) {
     job->landing = {};
@@ -354,7 +367,7 @@ void Channel::deliver(ReceiveJob& job, at::Tensor tensor, std::shared_ptr<const 
   const bool expects_backward = tensor.defined() && job.expects_backward;
   if (job.incoming) job.incoming->result.reset();
   auto copy = staging_ && tensor.defined() ? stage_in(job, tensor) : nullptr;
-  job.delivery->set(std::move(tensor), std::move(microbatch), expects_backward, job.times, bytes, std::move(copy));
+  job.outcome = Outcome{std::move(tensor), std::move(microbatch), expects_backward, bytes, std::move(copy)};
 }
 
 Channel::LocalItem Channel::take_local(std::int64_t sequence, const std::function<void()>& poll) {
