@@ -82,31 +82,65 @@ inline bool may_overlap_itself(const at::Tensor& t) {
   return false;
 }
 
+/// The rows (runs along the last axis) of a region that is not empty, in row-major order.
+class Rows {
+ public:
+  /// At row `row`.
+  explicit Rows(const Strided& region, int64_t row = 0)
+      : region_(region), index_(region.sizes.size() - 1, 0), offset_(region.offset) {
+    for (size_t d = index_.size(); d-- > 0 && row > 0;) {
+      index_[d] = row % region.sizes[d];
+      row /= region.sizes[d];
+      offset_ += index_[d] * region.strides[d];
+    }
+  }
+
+  /// Of the row's first element.
+  int64_t offset() const { return offset_; }
+
+  void next() {
+    for (size_t d = index_.size(); d-- > 0;) {
+      offset_ += region_.strides[d];
+      if (++index_[d] < region_.sizes[d]) break;
+      offset_ -= index_[d] * region_.strides[d];
+      index_[d] = 0;
+    }
+  }
+
+ private:
+  const Strided& region_;
+  Dims index_;
+  int64_t offset_;
+};
+
 /// Calls `run(offset, count)` for the elements [begin, end) of `region`, counted in row-major order: `count` elements,
 /// the first at `offset`, each `region.strides.back()` after the one before.
 template <typename Run>
 void for_each_run(const Strided& region, int64_t begin, int64_t end, Run&& run) {
-  const size_t inner = region.sizes.size() - 1;
-  Dims index(region.sizes.size(), 0);
-  int64_t offset = region.offset;
-  int64_t rest = begin;
-  for (size_t d = inner + 1; d-- > 0 && rest > 0;) {
-    index[d] = rest % region.sizes[d];
-    rest /= region.sizes[d];
-    offset += index[d] * region.strides[d];
-  }
+  if (begin >= end) return;
+  const int64_t row = region.sizes.back();
+  Rows rows(region, begin / row);
+  int64_t first = begin % row;  // only the first run may start in the middle of a row
   while (begin < end) {
-    const int64_t count = std::min(region.sizes[inner] - index[inner], end - begin);
-    run(offset, count);
+    const int64_t count = std::min(row - first, end - begin);
+    run(rows.offset() + first * region.strides.back(), count);
     begin += count;
-    offset -= index[inner] * region.strides[inner];  // only the first run may start in the middle of a row
-    index[inner] = 0;
-    for (size_t d = inner; d-- > 0;) {
-      offset += region.strides[d];
-      if (++index[d] < region.sizes[d]) break;
-      offset -= index[d] * region.strides[d];
-      index[d] = 0;
-    }
+    first = 0;
+    rows.next();
+  }
+}
+
+/// Calls `run(offset, later)` for each row of a region that is not empty. later: the offset of the row that comes
+/// `ahead` rows after it, or of the last one.
+template <typename Run>
+void for_each_row(const Strided& region, int64_t ahead, Run&& run) {
+  const int64_t count = region.numel() / region.sizes.back();
+  Rows rows(region);
+  Rows later(region, std::min(ahead, count - 1));
+  for (int64_t row = 0; row < count; ++row) {
+    run(rows.offset(), later.offset());
+    rows.next();
+    if (row + ahead + 1 < count) later.next();
   }
 }
 

@@ -211,16 +211,43 @@ TEST_P(EveryLevel, ConvertsAndAddsBetweenAllTypes) {
   }
 }
 
+TEST_P(EveryLevel, LargeConversionsAndSumsGiveTheSameBytesWhateverTheAlignment) {
+  constexpr size_t kBefore = 96;  // bytes that stay, and at least as many after
+  const VectorKernels& kernels = *GetParam();
+  for (const Number dst : kAll) {
+    for (const Number src : kAll) {
+      const Bytes from = sample(src, 400, 3);
+      const Bytes before = sample(dst, 500, 4);
+      for (const size_t count : {0U, 1U, 31U, 64U, 95U, 127U, 400U}) {
+        for (const size_t shift : {0U, 1U, 2U, 8U, 14U, 16U, 31U, 32U, 62U}) {
+          const auto n = static_cast<int64_t>(count);
+          const size_t at = kBefore + shift;
+          Bytes expected = before;
+          Bytes to = before;
+          kernels.convert[index_of(dst)][index_of(src)](expected.data() + at, from.data(), n);
+          kernels.convert_large[index_of(dst)][index_of(src)](to.data() + at, from.data(), n, from.data());
+          kernels.finish_streams();
+          ASSERT_EQ(to, expected) << index_of(dst) << " from " << index_of(src) << ", " << count << " at " << shift;
+          expected = to = before;
+          kernels.add[index_of(dst)][index_of(src)](expected.data() + at, from.data(), n);
+          kernels.add_large[index_of(dst)][index_of(src)](to.data() + at, from.data(), n, nullptr);
+          ASSERT_EQ(to, expected) << index_of(dst) << " and " << index_of(src) << ", " << count << " at " << shift;
+        }
+      }
+    }
+  }
+}
+
 TEST_P(EveryLevel, CopiesPastTheCachesWhateverTheAlignment) {
   std::vector<unsigned char> from(1000);
   for (size_t i = 0; i < from.size(); ++i) from[i] = static_cast<unsigned char>(i * 7 + 1);
   for (const size_t bytes : {0U, 1U, 31U, 127U, 128U, 161U, 900U}) {
-    for (size_t shift = 0; shift < 34; ++shift) {
+    for (size_t shift = 0; shift < 66; ++shift) {
       std::vector<unsigned char> to(1000, 0);
-      GetParam()->stream(to.data() + shift, from.data() + 33 - shift, static_cast<int64_t>(bytes), nullptr);
+      GetParam()->stream(to.data() + shift, from.data() + 65 - shift, static_cast<int64_t>(bytes), nullptr);
       GetParam()->finish_streams();
       std::vector<unsigned char> expected(1000, 0);
-      std::memcpy(expected.data() + shift, from.data() + 33 - shift, bytes);
+      std::memcpy(expected.data() + shift, from.data() + 65 - shift, bytes);
       ASSERT_EQ(to, expected) << bytes << " at " << shift;
     }
   }

@@ -108,24 +108,38 @@ void add_boxes_of_other_dtypes(const at::Tensor& out, const at::Tensor& buffer, 
 constexpr int64_t kTile = 512;  // elements that are worked on at a time where they cannot be in their places
 using Tile = std::array<std::byte, kTile * sizeof(double)>;
 
-// Copies that write more than this, in bytes, go past the caches, run by run where a run is long enough.
-constexpr int64_t kStreamed = int64_t{8} << 20;
-constexpr int64_t kStreamedRun = 1024;
+// Where more than this moves, in bytes of the buffer, runs that are long enough go past the caches.
+constexpr int64_t kLarge = int64_t{8} << 20;
+constexpr int64_t kLargeRun = 1024;
+// How far ahead of its reads a large move fetches, in bytes; of longer runs it is the next run that is fetched, up to
+// a length of which the caches' second level holds two. What is read in one piece the processor fetches best by itself.
+constexpr int64_t kAhead = 8 << 10;
+constexpr int64_t kLongRun = 128 << 10;
 
-bool is_streamed(const at::Tensor& buffer) {
-  return static_cast<int64_t>(buffer.nbytes()) >= kStreamed;
+bool is_large(const at::Tensor& buffer) {
+  return static_cast<int64_t>(buffer.nbytes()) >= kLarge;
 }
 
-/// In elements; where the region has one axis only, whatever.
-int64_t to_next_run(const Strided& region) {
-  const size_t ndim = region.sizes.size();
-  return ndim > 1 ? region.strides[ndim - 2] : region.sizes.back();
+/// Calls `run(box, next, n)` for the runs of a region of a tensor whose memory begins at `boxes`: `n` elements at
+/// `box`. next: what to fetch along with them, since it is their turn by the time that it has arrived.
+template <typename Byte, typename Run>
+void for_each_large_run(const Strided& region, Byte* boxes, int64_t itemsize, Run&& run) {
+  const int64_t n = region.sizes.back();
+  const int64_t bytes = n * itemsize;
+  for_each_row(region, std::max(int64_t{1}, kAhead / bytes), [&](int64_t offset, int64_t later) {
+    Byte* box = boxes + offset * itemsize;
+    run(box, bytes < kLongRun ? boxes + later * itemsize : box, n);
+  });
+}
+
+/// Whether the runs of a region are contiguous and long enough to go past the caches.
+bool has_large_runs(const Strided& region, int64_t itemsize) {
+  return region.strides.back() == 1 && region.sizes.back() * itemsize >= kLargeRun;
 }
 
 /// Moves the elements of a box between the tensor, whose memory begins at `boxes`, and their place in the buffer.
 void move_box(const Strided& region, int64_t count, std::byte* boxes, std::byte* piece, int64_t itemsize,
-              bool to_buffer, bool streamed) {
-  const cpu::Stream stream = cpu::vector_kernels().stream;
+              bool to_buffer, bool large) {
   const int64_t step = region.strides.back() * itemsize;
   const size_t ndim = region.sizes.size();
   if (ndim > 1 && step != itemsize && region.strides[ndim - 2] == 1) {
@@ -148,45 +162,51 @@ void move_box(const Strided& region, int64_t count, std::byte* boxes, std::byte*
     });
     return;
   }
+  if (large && has_large_runs(region, itemsize)) {
+    const cpu::Stream stream = cpu::vector_kernels().stream;
+    for_each_large_run(region, boxes, itemsize, [&](std::byte* box, const std::byte* next, int64_t n) {
+      if (to_buffer) {
+        stream(piece, box, n * itemsize, next);
+      } else {
+        stream(box, piece, n * itemsize, piece);
+      }
+      piece += n * itemsize;
+    });
+    return;
+  }
   for_each_run(region, 0, count, [&](int64_t offset, int64_t n) {
     std::byte* box = boxes + offset * itemsize;
-    std::byte* to = to_buffer ? piece : box;
-    const std::byte* from = to_buffer ? box : piece;
-    if (streamed && step == itemsize && n * itemsize >= kStreamedRun) {
-      stream(to, from, n * itemsize, from + (to_buffer ? to_next_run(region) : n) * itemsize);
+    if (to_buffer) {
+      move_run(itemsize, box, step, piece, itemsize, n);
     } else {
-      move_run(itemsize, from, to_buffer ? step : itemsize, to, to_buffer ? itemsize : step, n);
+      move_run(itemsize, piece, itemsize, box, step, n);
     }
     piece += n * itemsize;
   });
 }
 
-/// Converts a run; past the caches where it is streamed.
-void convert_run(cpu::Convert convert, std::byte* to, int64_t to_size, const std::byte* from, int64_t from_size,
-                 int64_t count, bool streamed) {
-  if (!streamed || count * to_size < kStreamedRun) return convert(to, from, count);
-  const cpu::Stream stream = cpu::vector_kernels().stream;
-  Tile tile;
-  for (int64_t i = 0; i < count; i += kTile) {
-    const int64_t some = std::min(kTile, count - i);
-    convert(tile.data(), from + i * from_size, some);
-    stream(to + i * to_size, tile.data(), some * to_size, tile.data());
-  }
-}
-
 /// Boxes into a buffer of another dtype.
 void convert_from_boxes(const at::Tensor& x, std::byte* to, size_t to_type, int64_t to_size, at::IntArrayRef starts,
-                        at::IntArrayRef sizes, bool streamed) {
-  const cpu::Convert convert = cpu::vector_kernels().convert[to_type][*number_of(x.scalar_type())];
+                        at::IntArrayRef sizes, bool large) {
+  const size_t from_type = *number_of(x.scalar_type());
+  const cpu::Convert convert = cpu::vector_kernels().convert[to_type][from_type];
+  const cpu::ConvertLarge convert_large = cpu::vector_kernels().convert_large[to_type][from_type];
   const auto itemsize = static_cast<int64_t>(x.element_size());
   const auto* from = static_cast<const std::byte*>(x.const_data_ptr());
   for_each_box(x, starts, sizes, [&](const Strided& region, int64_t first, int64_t count) {
     std::byte* piece = to + first * to_size;
     const int64_t step = region.strides.back() * itemsize;
+    if (large && has_large_runs(region, itemsize)) {
+      for_each_large_run(region, from, itemsize, [&](const std::byte* run, const std::byte* next, int64_t n) {
+        convert_large(piece, run, n, next);
+        piece += n * to_size;
+      });
+      return;
+    }
     for_each_run(region, 0, count, [&](int64_t offset, int64_t n) {
       const std::byte* run = from + offset * itemsize;
       if (step == itemsize) {
-        convert_run(convert, piece, to_size, run, itemsize, n, streamed);
+        convert(piece, run, n);
       } else {
         Tile tile;
         for (int64_t i = 0; i < n; i += kTile) {
@@ -202,19 +222,27 @@ void convert_from_boxes(const at::Tensor& x, std::byte* to, size_t to_type, int6
 
 /// A buffer into boxes of another dtype, or added to boxes.
 void convert_to_boxes(const at::Tensor& out, const std::byte* from, size_t from_type, int64_t from_size,
-                      at::IntArrayRef starts, at::IntArrayRef sizes, bool add, bool streamed) {
+                      at::IntArrayRef starts, at::IntArrayRef sizes, bool add, bool large) {
   const cpu::VectorKernels& kernels = cpu::vector_kernels();
-  const cpu::Convert convert = (add ? kernels.add : kernels.convert)[*number_of(out.scalar_type())][from_type];
+  const size_t to_type = *number_of(out.scalar_type());
+  const cpu::Convert convert = (add ? kernels.add : kernels.convert)[to_type][from_type];
+  const cpu::ConvertLarge convert_large = (add ? kernels.add_large : kernels.convert_large)[to_type][from_type];
   const auto itemsize = static_cast<int64_t>(out.element_size());
   auto* to = static_cast<std::byte*>(out.mutable_data_ptr());
   for_each_box(out, starts, sizes, [&](const Strided& region, int64_t first, int64_t count) {
     const std::byte* piece = from + first * from_size;
     const int64_t step = region.strides.back() * itemsize;
+    if (large && has_large_runs(region, itemsize)) {
+      for_each_large_run(region, to, itemsize, [&](std::byte* run, const std::byte* next, int64_t n) {
+        convert_large(run, piece, n, add ? next : piece);
+        piece += n * from_size;
+      });
+      return;
+    }
     for_each_run(region, 0, count, [&](int64_t offset, int64_t n) {
       std::byte* run = to + offset * itemsize;
       if (step == itemsize) {
-        // What is added to has been read, and is in the cache.
-        convert_run(convert, run, itemsize, piece, from_size, n, streamed && !add);
+        convert(run, piece, n);
       } else {
         Tile tile;
         for (int64_t i = 0; i < n; i += kTile) {
@@ -231,41 +259,40 @@ void convert_to_boxes(const at::Tensor& out, const std::byte* from, size_t from_
 
 void pack_into_cpu(const at::Tensor& buffer, const at::Tensor& x, at::IntArrayRef starts, at::IntArrayRef sizes) {
   check_pack_into(buffer, x, starts, sizes);
-  const bool streamed = is_streamed(buffer);
+  const bool large = is_large(buffer);
   const auto itemsize = static_cast<int64_t>(x.element_size());
   auto* to = static_cast<std::byte*>(buffer.mutable_data_ptr());
   auto* from = static_cast<std::byte*>(const_cast<void*>(x.const_data_ptr()));  // read only
   if (buffer.scalar_type() != x.scalar_type()) {
     convert_from_boxes(x, to, *number_of(buffer.scalar_type()), static_cast<int64_t>(buffer.element_size()), starts,
-                       sizes, streamed);
+                       sizes, large);
   } else {
     for_each_box(x, starts, sizes, [&](const Strided& region, int64_t first, int64_t count) {
-      move_box(region, count, from, to + first * itemsize, itemsize, /*to_buffer=*/true, streamed);
+      move_box(region, count, from, to + first * itemsize, itemsize, /*to_buffer=*/true, large);
     });
   }
-  if (streamed) cpu::vector_kernels().finish_streams();
+  if (large) cpu::vector_kernels().finish_streams();
 }
 
 void unpack_cpu(const at::Tensor& out, const at::Tensor& buffer, at::IntArrayRef starts, at::IntArrayRef sizes,
                 bool accumulate) {
   check_unpack_(out, buffer, starts, sizes, accumulate);
   const at::Tensor pieces = buffer.contiguous();  // an incoming gradient may be expanded
-  const bool streamed = is_streamed(pieces);
+  const bool large = is_large(pieces);
   const auto itemsize = static_cast<int64_t>(out.element_size());
   auto* to = static_cast<std::byte*>(out.mutable_data_ptr());
   auto* from = static_cast<std::byte*>(const_cast<void*>(pieces.const_data_ptr()));  // read only
   const std::optional<size_t> number = number_of(pieces.scalar_type());
   if (!accumulate && out.scalar_type() == pieces.scalar_type()) {
     for_each_box(out, starts, sizes, [&](const Strided& region, int64_t first, int64_t count) {
-      move_box(region, count, to, from + first * itemsize, itemsize, /*to_buffer=*/false, streamed);
+      move_box(region, count, to, from + first * itemsize, itemsize, /*to_buffer=*/false, large);
     });
   } else if (number) {
-    convert_to_boxes(out, from, *number, static_cast<int64_t>(pieces.element_size()), starts, sizes, accumulate,
-                     streamed);
+    convert_to_boxes(out, from, *number, static_cast<int64_t>(pieces.element_size()), starts, sizes, accumulate, large);
   } else {
     add_boxes_of_other_dtypes(out, pieces, starts, sizes);
   }
-  if (streamed) cpu::vector_kernels().finish_streams();
+  if (large) cpu::vector_kernels().finish_streams();
 }
 
 }  // namespace

@@ -32,8 +32,13 @@ using Convert = void (*)(void* dst, const void* src, int64_t count);
 
 /// Copies `bytes` bytes past the caches: faster than memcpy where more is written than they hold. What was written is
 /// ordered with later stores, and so with other threads, by one call of `finish_streams`.
-/// next: where the source of the next call probably is. Processors fetch ahead only within a page; never read.
+/// next: where a later call will read, or `src`; never read here. Byte i of it is fetched into the second level of the
+/// caches along with byte i of `src`: left to itself the processor begins anew at every run of a tensor, and the first
+/// level has too few lines under way to make up for it.
 using Stream = void (*)(void* dst, const void* src, int64_t bytes, const void* next);
+/// Convert for more than the caches hold: it writes past them, as Stream does; a sum does not, since it has read dst.
+/// next: as in Stream; of a sum, where a later call will have its dst. A sum's later calls read on after `src`.
+using ConvertLarge = void (*)(void* dst, const void* src, int64_t count, const void* next);
 
 struct VectorKernels {
   const char* level;
@@ -43,6 +48,8 @@ struct VectorKernels {
   std::array<ScaleSquares, kNumNumbers> scale_squares;
   std::array<std::array<Convert, kNumNumbers>, kNumNumbers> convert;  // [dst][src]
   std::array<std::array<Convert, kNumNumbers>, kNumNumbers> add;      // [dst][src]
+  std::array<std::array<ConvertLarge, kNumNumbers>, kNumNumbers> convert_large;
+  std::array<std::array<ConvertLarge, kNumNumbers>, kNumNumbers> add_large;
 };
 
 /// The widest version that this processor can run.

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "ops/cpu/vector_kernels.h"
 
@@ -39,8 +40,22 @@ MIMO_EXT_INLINE void load(V& vector, const void* from) {
   std::memcpy(&vector, from, sizeof vector);
 }
 
-template <typename V>
+/// kPast: past the caches; `to` is aligned to the vector then, or to 32 bytes.
+template <bool kPast = false, typename V>
 MIMO_EXT_INLINE void store(void* to, const V& vector) {
+#ifdef MIMO_EXT_AVX
+  if constexpr (kPast && sizeof vector == 16) {
+    __m128i part;
+    std::memcpy(&part, &vector, sizeof part);
+    _mm_stream_si128(static_cast<__m128i*>(to), part);
+    return;
+  } else if constexpr (kPast) {
+    __m256i parts[sizeof vector / 32];
+    std::memcpy(&parts, &vector, sizeof parts);
+    for (size_t i = 0; i < sizeof vector / 32; ++i) _mm256_stream_si256(static_cast<__m256i*>(to) + i, parts[i]);
+    return;
+  }
+#endif
   std::memcpy(to, &vector, sizeof vector);
 }
 
@@ -57,14 +72,20 @@ struct Float32 {
   using Wide = float;
   using Stored = float;
   MIMO_EXT_INLINE static void load_wide(Vector<float>& wide, const float* from) { load(wide, from); }
-  MIMO_EXT_INLINE static void store_wide(float* to, Vector<float>& wide) { store(to, wide); }
+  template <bool kPast = false>
+  MIMO_EXT_INLINE static void store_wide(float* to, Vector<float>& wide) {
+    store<kPast>(to, wide);
+  }
 };
 
 struct Float64 {
   using Wide = double;
   using Stored = double;
   MIMO_EXT_INLINE static void load_wide(Vector<double>& wide, const double* from) { load(wide, from); }
-  MIMO_EXT_INLINE static void store_wide(double* to, Vector<double>& wide) { store(to, wide); }
+  template <bool kPast = false>
+  MIMO_EXT_INLINE static void store_wide(double* to, Vector<double>& wide) {
+    store<kPast>(to, wide);
+  }
 };
 
 struct BFloat16 {
@@ -76,6 +97,7 @@ struct BFloat16 {
     const Vector<uint32_t> bits = __builtin_convertvector(stored, Vector<uint32_t>) << 16U;
     reinterpret(wide, bits);
   }
+  template <bool kPast = false>
   MIMO_EXT_INLINE static void store_wide(uint16_t* to, Vector<float>& wide) {
     Vector<uint32_t> bits;
     reinterpret(bits, wide);
@@ -84,7 +106,7 @@ struct BFloat16 {
     const Vector<uint32_t> rounded = wide == wide ? nearest : quiet_nan;
     const Vector<uint32_t> back = rounded << 16U;
     reinterpret(wide, back);
-    store(to, __builtin_convertvector(rounded, Vector<uint16_t>));
+    store<kPast>(to, __builtin_convertvector(rounded, Vector<uint16_t>));
   }
 };
 
@@ -99,12 +121,13 @@ struct Float16 {
     }
     reinterpret(wide, values);
   }
+  template <bool kPast = false>
   MIMO_EXT_INLINE static void store_wide(uint16_t* to, Vector<float>& wide) {
     __m256 values[kWidth / 8];
     reinterpret(values, wide);
     for (size_t i = 0; i < kWidth / 8; ++i) {
       const __m128i stored = _mm256_cvtps_ph(values[i], _MM_FROUND_TO_NEAREST_INT);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8 * i), stored);
+      store<kPast>(to + 8 * i, stored);
       values[i] = _mm256_cvtph_ps(stored);
     }
     reinterpret(wide, values);
@@ -128,6 +151,7 @@ struct Float16 {
     load(stored, from);
     widen(wide, __builtin_convertvector(stored, Vector<uint32_t>));
   }
+  template <bool kPast = false>
   MIMO_EXT_INLINE static void store_wide(uint16_t* to, Vector<float>& wide) {
     Vector<uint32_t> bits;
     reinterpret(bits, wide);
@@ -146,7 +170,7 @@ struct Float16 {
     const Vector<uint32_t> rounded =
         sign | (small & is_small) | (normal & ~is_small & ~is_large) | (0x7C00U & is_large) | (0x0200U & is_nan);
     widen(wide, rounded);
-    store(to, __builtin_convertvector(rounded, Vector<uint16_t>));
+    store<kPast>(to, __builtin_convertvector(rounded, Vector<uint16_t>));
   }
 #endif
 };
@@ -223,7 +247,7 @@ MIMO_EXT_TARGET void scale_squares(void* data, int64_t count, double factor, Lan
   scale_run<T, true>(data, count, factor, &squares);
 }
 
-template <typename Dst, typename Src, bool kAdd>
+template <typename Dst, typename Src, bool kAdd, bool kPast = false>
 MIMO_EXT_INLINE void convert_vector(typename Dst::Stored* to, const typename Src::Stored* from) {
   Vector<typename Src::Wide> loaded;
   Src::load_wide(loaded, from);
@@ -233,7 +257,7 @@ MIMO_EXT_INLINE void convert_vector(typename Dst::Stored* to, const typename Src
     Dst::load_wide(before, to);
     wide = before + wide;
   }
-  Dst::store_wide(to, wide);
+  Dst::template store_wide<kPast>(to, wide);
 }
 
 template <typename Dst, typename Src, bool kAdd>
@@ -254,23 +278,69 @@ MIMO_EXT_TARGET void convert(void* dst, const void* src, int64_t count) {
   std::memcpy(to + i, rest_to, rest * sizeof rest_to[0]);
 }
 
+#ifdef MIMO_EXT_AVX
+constexpr int64_t kLine = 64;           // of the caches
+constexpr uintptr_t kReadOn = 4 << 10;  // bytes; farther ahead than the processor fetches by itself
+
+/// Of elements or bytes of `size` bytes, those before the first that begins a line; -1 where none does.
+inline int64_t before_line(const void* data, size_t size) {
+  const size_t past = reinterpret_cast<uintptr_t>(data) % kLine;
+  if (past % size != 0) return -1;
+  return static_cast<int64_t>((kLine - past) % kLine / size);
+}
+
+/// Lines at `at`, which may be any address, into the second level of the caches.
+template <int64_t kBytes>
+MIMO_EXT_INLINE void fetch(uintptr_t at) {
+  for (uintptr_t part = 0; part < kBytes; part += kLine) {
+    _mm_prefetch(reinterpret_cast<const char*>(at + part), _MM_HINT_T1);
+  }
+}
+#endif
+
+template <typename Dst, typename Src, bool kAdd>
+MIMO_EXT_TARGET void convert_large(void* dst, const void* src, int64_t count, const void* next) {
+#ifdef MIMO_EXT_AVX
+  using To = typename Dst::Stored;
+  using From = typename Src::Stored;
+  using Next = std::conditional_t<kAdd, To, From>;
+  constexpr int64_t kStep = 64;
+  auto* to = static_cast<To*>(dst);
+  const auto* from = static_cast<const From*>(src);
+  const auto ahead = reinterpret_cast<uintptr_t>(next);
+  int64_t i = 0;
+  if constexpr (!kAdd) {
+    i = before_line(dst, sizeof(To));
+    if (i < 0 || i >= count) return convert<Dst, Src, kAdd>(dst, src, count);
+    convert<Dst, Src, kAdd>(dst, src, i);
+  }
+  for (; i + kStep <= count; i += kStep) {
+    const auto at = static_cast<uintptr_t>(i);
+    fetch<kStep * sizeof(Next)>(ahead + at * sizeof(Next));
+    if constexpr (kAdd) fetch<kStep * sizeof(From)>(reinterpret_cast<uintptr_t>(from + i) + kReadOn);
+#pragma GCC unroll 8
+    for (int64_t part = 0; part < kStep; part += static_cast<int64_t>(kWidth)) {
+      convert_vector<Dst, Src, kAdd, !kAdd>(to + i + part, from + i + part);
+    }
+  }
+  convert<Dst, Src, kAdd>(to + i, from + i, count - i);
+#else
+  static_cast<void>(next);
+  convert<Dst, Src, kAdd>(dst, src, count);
+#endif
+}
+
 MIMO_EXT_TARGET void stream(void* dst, const void* src, int64_t bytes, const void* next) {
 #ifdef MIMO_EXT_AVX
   constexpr int64_t kVector = 32;
   constexpr int64_t kStep = 4 * kVector;
-  constexpr int64_t kLine = 64;  // of the caches
   auto* to = static_cast<unsigned char*>(dst);
   const auto* from = static_cast<const unsigned char*>(src);
-  // Such stores want their alignment.
-  const int64_t first =
-      std::min(bytes, (kVector - static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % kVector)) % kVector);
-  std::memcpy(to, from, static_cast<size_t>(first));
-  int64_t i = first;
-  const auto ahead = reinterpret_cast<uintptr_t>(next);  // a prefetch may name any address
+  const auto ahead = reinterpret_cast<uintptr_t>(next);
+  int64_t i = std::min(bytes, before_line(to, 1));
+  std::memcpy(to, from, static_cast<size_t>(i));
   for (; i + kStep <= bytes; i += kStep) {
-    for (int64_t part = 0; part < kStep; part += kLine) {
-      _mm_prefetch(reinterpret_cast<const char*>(ahead + static_cast<uintptr_t>(i + part)), _MM_HINT_T0);
-    }
+    fetch<kStep>(ahead + static_cast<uintptr_t>(i));
     for (int64_t part = 0; part < kStep; part += kVector) {
       _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i + part),
                           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i + part)));
@@ -295,6 +365,12 @@ constexpr std::array<Convert, kNumNumbers> convert_to() {
           convert<Dst, Float16, kAdd>};
 }
 
+template <typename Dst, bool kAdd>
+constexpr std::array<ConvertLarge, kNumNumbers> convert_large_to() {
+  return {convert_large<Dst, Float32, kAdd>, convert_large<Dst, Float64, kAdd>, convert_large<Dst, BFloat16, kAdd>,
+          convert_large<Dst, Float16, kAdd>};
+}
+
 constexpr VectorKernels kKernels{
     MIMO_EXT_LEVEL,
     stream,
@@ -305,6 +381,10 @@ constexpr VectorKernels kKernels{
      convert_to<Float16, false>()},
     {convert_to<Float32, true>(), convert_to<Float64, true>(), convert_to<BFloat16, true>(),
      convert_to<Float16, true>()},
+    {convert_large_to<Float32, false>(), convert_large_to<Float64, false>(), convert_large_to<BFloat16, false>(),
+     convert_large_to<Float16, false>()},
+    {convert_large_to<Float32, true>(), convert_large_to<Float64, true>(), convert_large_to<BFloat16, true>(),
+     convert_large_to<Float16, true>()},
 };
 
 }  // namespace
