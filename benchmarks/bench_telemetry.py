@@ -137,9 +137,9 @@ def workers(bare: Path) -> Iterator[dict[str, subprocess.Popen[str]]]:
 def in_turns(
     running: dict[str, subprocess.Popen[str]], repeats: int, steps: int
 ) -> tuple[dict[str, list[float]], list[Usage]]:
-    """Seconds per forward and backward, by mode, and what each process has used. Who begins changes with each turn."""
+    """Seconds per forward and backward, by mode, and what the processes have used. Who begins changes."""
     times: dict[str, list[float]] = {mode: [] for mode in running}
-    spent = dict.fromkeys(running, Usage(0, 0))
+    spent: list[Usage] = []
     order = list(running)
     for turn in range(repeats):
         for mode in order[turn % len(order) :] + order[: turn % len(order)]:
@@ -147,8 +147,8 @@ def in_turns(
             _pipe(running[mode].stdin).flush()
             seconds, user, system = map(float, _read(running[mode], mode).split())
             times[mode].append(seconds)
-            spent[mode] += Usage(user, system)
-    return times, list(spent.values())
+            spent.append(Usage(user, system))
+    return times, spent
 
 
 def work(mode: str) -> int:

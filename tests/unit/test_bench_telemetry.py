@@ -43,3 +43,27 @@ def test_a_folder_without_the_package_is_refused(tmp_path: Path) -> None:
 def test_only_what_is_off_has_a_limit(method: str, ratio: float) -> None:
     lines = bench_telemetry.missed([dataclasses.replace(OFF, method=method, ratio_median=ratio)])
     assert bool(lines) == (method == "off" and ratio == 0.97)
+
+
+class Asked:
+    """A process that answers with how often it was asked, and the same usage each time."""
+
+    def __init__(self) -> None:
+        self.times = 0
+        self.stdin = self.stdout = self
+
+    def write(self, line: str) -> None:
+        assert line == "7\n"
+        self.times += 1
+
+    def flush(self) -> None: ...
+
+    def readline(self) -> str:
+        return f"{self.times} 0.5 0.25\n"
+
+
+def test_processes_take_turns_and_what_they_use_is_counted() -> None:
+    running = {mode: Asked() for mode in ("without", "off")}
+    times, spent = bench_telemetry.in_turns(running, 3, 7)  # type: ignore[arg-type]
+    assert times == {"without": [1.0, 2.0, 3.0], "off": [1.0, 2.0, 3.0]}
+    assert bench_telemetry.other_share(bench_telemetry.Usage(4.0, 2.0, 0.0, 10.0), spent) == pytest.approx(0.15)
