@@ -155,9 +155,10 @@ bench: $(VENV)/.example $(VENV)/.built
 	$(BENCH)/bench_bridge.py --json out/bench/bridge.json --png out/bench/bridge.png $(BENCH_ARGS) || test $$? -eq 77
 	$(BENCH)/bench_training.py --json out/bench/training.json $(QUIET_ARGS) || test $$? -eq 77
 	$(BENCH)/bench_host.py --json out/bench/host.json $(QUIET_ARGS)
-	$(BENCH)/bench_rescale.py --json out/bench/rescale.json $(QUIET_ARGS)
 	$(PY) -W ignore benchmarks/bench_plan.py --json out/bench/plan.json --details out/bench/plan_details.json \
 		$(filter --quick,$(BENCH_ARGS))
+	# The last one: it ends with status 1 where a limit is missed.
+	$(BENCH)/bench_rescale.py --json out/bench/rescale.json $(QUIET_ARGS)
 
 # What telemetry costs: against a build without it, below build/.
 .PHONY: bench-telemetry
