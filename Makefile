@@ -146,6 +146,7 @@ check-properties:
 	$(MAKE) -C tests/properties check ARGS="$(PROPERTIES_ARGS)"
 
 # --- Benchmarks, in under five minutes. Status 77: this machine cannot emulate a cluster, and has said why.
+# bench_rescale comes last: it ends with status 1 where a limit is missed.
 
 QUIET_ARGS := $(filter --quick --ignore-busy,$(BENCH_ARGS))
 BENCH := $(PY) -P -W ignore benchmarks
@@ -157,7 +158,6 @@ bench: $(VENV)/.example $(VENV)/.built
 	$(BENCH)/bench_host.py --json out/bench/host.json $(QUIET_ARGS)
 	$(PY) -W ignore benchmarks/bench_plan.py --json out/bench/plan.json --details out/bench/plan_details.json \
 		$(filter --quick,$(BENCH_ARGS))
-	# The last one: it ends with status 1 where a limit is missed.
 	$(BENCH)/bench_rescale.py --json out/bench/rescale.json $(QUIET_ARGS)
 
 # What telemetry costs: against a build without it, below build/.

@@ -106,7 +106,7 @@ def _foot(records: Sequence[Record]) -> str:
     """What holds for a whole table."""
     repeats = sorted({one.repeats for one in records if one.repeats})
     busy = [one.busy for one in records if one.busy is not None]
-    lost = slower([one for one in records if not one.name.startswith(("exposed", "telemetry"))], LIMIT)
+    lost = slower([one for one in records if not one.name.startswith("exposed")], LIMIT)
     pairs = f"{repeats[0]} to {repeats[-1]}" if len(repeats) > 1 else "".join(map(str, repeats))
     text = f"Median of {pairs} pairs (smallest .. largest)."
     if busy:
