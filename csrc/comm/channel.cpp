@@ -101,6 +101,7 @@ Channel::~Channel() {
     queued_.pop_front();
   }
   if (!eager_.empty()) remains_->keep(std::make_unique<std::vector<Fifo<HeaderSlot>>>(std::move(eager_)));
+  if (!next_headers_.empty()) remains_->keep(std::make_unique<std::vector<HeaderSlot>>(std::move(next_headers_)));
 }
 
 void Channel::abort_receives() {

@@ -220,8 +220,12 @@ class Channel {
   at::Tensor new_result(ReceiveJob& job);
   /// Posts the receive of one transfer; false where nothing is to be waited for.
   bool post_part(ReceiveJob& job, const Transfer& transfer, Slots& slots, std::size_t index, int kind);
-  /// One more microbatch is expected: as many eager receives are posted for each sender.
-  void post_eager(std::int64_t sequence);
+  /// Posts the receives of what begins the microbatch after those that are expected, its headers and their eager
+  /// payload, as far as they are not posted yet. Holds `ahead_mutex_`.
+  void post_next(std::int64_t sequence);
+  /// The same, before anybody asks for that microbatch: in a pipeline whoever asks has just sent something of its own,
+  /// behind which what announces a receive to its sender would wait at the network card.
+  void announce_next(std::int64_t sequence);
   /// The oldest of them is this microbatch's.
   void take_eager(ReceiveJob& job, std::size_t header);
   std::size_t header_of(const Transfer& transfer) const;
@@ -295,10 +299,13 @@ class Channel {
   mutable Awaited received_from_;
   mutable Awaited sent_to_;
 
-  // Eager receives by header sender, in the order in which they were posted. What is not announced waits for the next
-  // microbatch: there are at least as many as microbatches whose headers have not come.
-  std::mutex eager_mutex_;
-  std::int64_t eager_bytes_ = 0;  ///< of each; 0: there are none
+  // What is received before it is known what comes.
+  std::mutex ahead_mutex_;
+  /// Of the next microbatch that is asked for; posted where there is a request.
+  std::vector<HeaderSlot> next_headers_;
+  std::int64_t eager_bytes_ = 0;  ///< of each eager receive; 0: there are none
+  /// By header sender, in the order in which they were posted. What is not announced waits for the next microbatch:
+  /// there are at least as many as microbatches whose headers have not come.
   std::vector<Fifo<HeaderSlot>> eager_;
   std::vector<std::vector<at::Tensor>> eager_free_;
   std::size_t headers_expected_ = 0;

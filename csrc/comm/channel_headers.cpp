@@ -84,8 +84,8 @@ void Channel::receive_headers(ReceiveJob& job, const std::function<void()>& poll
     if (job.times.started == 0) job.times.started = Times::now();
   }
   if (job.times.started == 0) job.times.started = Times::now();
-  const std::lock_guard lock(eager_mutex_);
-  if (headers_expected_ > 0) --headers_expected_;
+  const std::lock_guard lock(ahead_mutex_);
+  --headers_expected_;
 }
 
 std::shared_ptr<const core::Microbatch> Channel::agree(ReceiveJob& job) {

@@ -37,20 +37,11 @@ std::unique_ptr<Channel::ReceiveJob> Channel::post_receive(Expected expected) {
       job->times.started = job->times.posted;
       post_payload(*job, *config_.fixed, {});
     } else {
-      if (job->headers.empty()) {
-        job->headers.resize(header_senders_.size());
-        for (HeaderSlot& slot : job->headers) {
-          slot.tensor = {at::empty({static_cast<std::int64_t>(Header::kMaxWords)}, at::kLong)};
-        }
-      }
-      for (std::size_t index = 0; index < header_senders_.size(); ++index) {
-        const HeaderPeer& peer = header_senders_[index];
-        if (peer.rank == transport_.rank()) continue;
-        HeaderSlot& slot = job->headers[index];
-        slot.request = post(false, slot.tensor, peer.index, peer.rank, kHeaderTag, recv_name(), job->sequence);
-      }
+      const std::lock_guard lock(ahead_mutex_);
+      post_next(job->sequence);
+      std::swap(job->headers, next_headers_);
+      ++headers_expected_;
       job->eager.resize(header_senders_.size());
-      post_eager(job->sequence);
     }
   } catch (const BridgeError&) {
     flight_.retire(job->flight, true, Times::now());
@@ -88,7 +79,7 @@ void Channel::recycle(std::unique_ptr<ReceiveJob> job) {
   }
   for (HeaderSlot& slot : job->eager) {
     if (slot.tensor.empty()) continue;
-    const std::lock_guard lock(eager_mutex_);
+    const std::lock_guard lock(ahead_mutex_);
     eager_free_.push_back(std::move(slot.tensor));
     slot = {};
   }
@@ -138,13 +129,17 @@ bool Channel::post_part(ReceiveJob& job, const Transfer& transfer, Slots& slots,
   return true;
 }
 
-void Channel::post_eager(std::int64_t sequence) {
-  if (eager_bytes_ == 0) return;
-  const std::lock_guard lock(eager_mutex_);
-  ++headers_expected_;
+void Channel::post_next(std::int64_t sequence) {
+  next_headers_.resize(header_senders_.size());
   for (std::size_t index = 0; index < header_senders_.size(); ++index) {
     const HeaderPeer& peer = header_senders_[index];
-    while (peer.rank != transport_.rank() && eager_[index].size() < headers_expected_) {
+    if (peer.rank == transport_.rank()) continue;
+    HeaderSlot& header = next_headers_[index];
+    if (header.tensor.empty()) header.tensor = {at::empty({static_cast<std::int64_t>(Header::kMaxWords)}, at::kLong)};
+    if (!header.request) {
+      header.request = post(false, header.tensor, peer.index, peer.rank, kHeaderTag, recv_name(), sequence);
+    }
+    while (eager_bytes_ > 0 && eager_[index].size() <= headers_expected_) {
       HeaderSlot slot;
       if (eager_free_.empty()) {
         slot.tensor = {at::empty({eager_bytes_}, at::kByte)};
@@ -158,9 +153,21 @@ void Channel::post_eager(std::int64_t sequence) {
   }
 }
 
+void Channel::announce_next(std::int64_t sequence) {
+  if (config_.fixed) return;
+  const c10::NoGradGuard no_grad;
+  const std::lock_guard lock(ahead_mutex_);
+  if (headers_expected_ > 0) return;  // the caller posts ahead, too
+  try {
+    post_next(sequence);
+  } catch (const BridgeError&) {
+    // A sender that has sent its last microbatch may be gone. Whoever asks for one more is told.
+  }
+}
+
 void Channel::take_eager(ReceiveJob& job, std::size_t header) {
   if (job.parsed[header].eager_bytes == 0) return;
-  const std::lock_guard lock(eager_mutex_);
+  const std::lock_guard lock(ahead_mutex_);
   if (eager_[header].empty()) {
     throw BridgeError(where(recv_name(), job.sequence) + ": rank " + std::to_string(header_senders_[header].rank) +
                       " announced payload ahead of its turn, expected none");
@@ -272,6 +279,7 @@ void Channel::receive(ReceiveJob& job, const std::function<void()>& caller) {
   if (!job.incoming) {
     receive_headers(job, poll);
     without_gradient = agree(job);
+    announce_next(job.sequence + 1);
   }
   if (groups_) {
     receive_in_rounds(job, poll);

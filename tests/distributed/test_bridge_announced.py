@@ -10,6 +10,7 @@ from datetime import timedelta
 import pytest
 import torch
 from bridge_reference import Case, find, global_gradients, lane_samples, lane_slice, local_tensor
+from exchange import hear, tell
 from launch import launch
 
 import mimo_ext
@@ -94,3 +95,49 @@ def exchange(rank: int, world: int, case: Case, ahead: int) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_what_is_sent_unasked_belongs_to_its_microbatch(case: Case, ahead: int) -> None:
     launch(exchange, 5, case, ahead, timeout=60)
+
+
+def sends_before_it_is_asked_for(rank: int, world_size: int) -> None:
+    """gloo's sends end when their receive is posted: the second one's is, once the first one has arrived."""
+    bridge = mimo_ext.Bridge(mimo_ext.Layout([0]), mimo_ext.Layout([1]), ndim=2, timeout=timedelta(seconds=10))
+    mine = {"forward": torch.full((2, 4), 1.0), "backward": torch.full((2, 4), 2.0)}
+    if rank == 0:
+        bridge.send_forward(mine["forward"])
+        assert torch.equal(bridge.recv_backward(), mine["backward"])
+        bridge.isend_forward(mine["forward"]).wait()
+        tell("forward")
+        hear("asked")
+        assert torch.equal(bridge.recv_backward(), mine["backward"])
+        tell("answered")
+    else:
+        assert torch.equal(bridge.recv_forward(), mine["forward"])
+        bridge.send_backward(mine["backward"])
+        hear("forward")  # nobody here has asked for it yet
+        assert torch.equal(bridge.recv_forward(), mine["forward"])
+        bridge.isend_backward(mine["backward"]).wait()  # likewise
+        tell("asked")
+        hear("answered")
+    bridge.close()
+
+
+def test_the_next_header_is_received_before_anybody_asks_for_it() -> None:
+    launch(sends_before_it_is_asked_for, 2)
+
+
+def last_one_then_gone(rank: int, world_size: int) -> None:
+    """The receives that were posted for one more microbatch hurt nobody."""
+    if rank == 0:
+        with mimo_ext.Bridge(mimo_ext.Layout([0]), mimo_ext.Layout([1]), ndim=2) as bridge, torch.no_grad():
+            bridge.send_forward(torch.ones(2, 4))
+        tell("gone")
+        return
+    bridge = mimo_ext.Bridge(mimo_ext.Layout([0]), mimo_ext.Layout([1]), ndim=2, timeout=timedelta(milliseconds=500))
+    assert torch.equal(bridge.recv_forward(), torch.ones(2, 4))
+    hear("gone")
+    with pytest.raises(mimo_ext.BridgeError, match="rank 0"):
+        bridge.recv_forward()
+    bridge.close(abort=True)
+
+
+def test_a_sender_may_be_gone_after_its_last_microbatch() -> None:
+    launch(last_one_then_gone, 2)
