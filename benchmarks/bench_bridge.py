@@ -16,29 +16,26 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P
 
-from busy import BUSY_LIMIT, MachineBusy, Usage, machine_usage, other_share, process_usage
+from busy import undisturbed
 from cases import FAMILIES, KIB, LAYOUTS, METHODS, Case, by_cluster, select
 from emulation import EmulatedCluster, EmulationUnavailable, Loopback
+from program import parsed, parser_of, status_of
 from ranks import RankFailed, RankPool, rank_pool
 from records import Measurement, measurement, slower, table, write_json
 from released import ReleasedUnavailable, require_released
 
-SKIPPED = 77  # the exit status of a test that could not be run
-BUSY = 75  # try again later
-ATTEMPTS = 4  # per case, while other work is busy
-PAUSE_S = 10.0
+PAUSE_S = 10.0  # before a case is measured again
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats: under five minutes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
+    parser = parser_of(__doc__, quick="fewer sizes and repeats: under five minutes", repeats=(9, 5))
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw them to FILE")
     parser.add_argument(
         "--layouts",
@@ -51,16 +48,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--methods", type=_list_of(str), default=[], help=f"of ours: {','.join(METHODS)} (default: the first two)"
     )
-    parser.add_argument("--repeats", type=int, help="pairs of each measurement (default: 9, quick: 5)")
-    parser.add_argument(
-        "--ignore-busy",
-        action="store_true",
-        help=f"report although other work uses more than {BUSY_LIMIT * 100:.0f} %% of the machine; `busy` tells",
-    )
-    options = parser.parse_args(arguments)
-    options.repeats = options.repeats or (5 if options.quick else 9)
-    if options.repeats < 1:
-        parser.error(f"--repeats: expected a positive number, got {options.repeats}")
+    options = parsed(parser, arguments)
     try:
         options.cases = select(
             quick=options.quick,
@@ -91,21 +79,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     # As Ctrl-C: the namespaces are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    return status_of(
+        partial(report, options), skipped=(EmulationUnavailable, ReleasedUnavailable), failed=(RankFailed,)
+    )
+
+
+def report(options: argparse.Namespace) -> int:
+    """Measure, and tell."""
     started = time.monotonic()
-    try:
-        require_released()
-        measurements = run(options.cases, options.repeats, options.ignore_busy)
-    except (EmulationUnavailable, ReleasedUnavailable) as reason:
-        print(f"skipped: {reason}", file=sys.stderr)
-        return SKIPPED
-    except MachineBusy as reason:
-        print(f"not reported: {reason}", file=sys.stderr)
-        return BUSY
-    except RankFailed as failure:
-        print(failure, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    require_released()
+    measurements = run(options.cases, options.repeats, options.ignore_busy)
     print(table(measurements))
     print(
         f"\n{options.repeats} pairs each, {time.monotonic() - started:.0f} s in all. Not GPU or NCCL figures: gloo on "
@@ -129,7 +112,7 @@ def run(cases: Sequence[Case], repeats: int, ignore_busy: bool) -> list[Measurem
 
     Raises:
         EmulationUnavailable, RankFailed: see there.
-        MachineBusy: other work disturbed a case `ATTEMPTS` times.
+        MachineBusy: other work disturbed a case again and again.
     """
     measurements: list[Measurement] = []
     for same in by_cluster(cases):
@@ -145,20 +128,13 @@ def measure(pool: RankPool, case: Case, repeats: int, ignore_busy: bool) -> list
     """One case; again, where other work was busy."""
     import transfers
 
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(PAUSE_S * attempt)  # what disturbs may end soon
-        machine, mine = machine_usage(), process_usage()
-        times = pool.call(transfers.run_case, case, repeats, timeout=_patience_s(case, repeats))
-        ours: list[Usage] = [process_usage() - mine, *(rank.usage for rank in times)]
-        busy = other_share(machine_usage() - machine, ours)
-        if ignore_busy or busy <= BUSY_LIMIT:
-            break
-    else:
-        raise MachineBusy(
-            f"{case.family} {case.layout}: other work used {busy:.0%} of the machine, "
-            f"expected at most {BUSY_LIMIT:.0%} ({ATTEMPTS} attempts)"
-        )
+    times, busy = undisturbed(
+        f"{case.family} {case.layout}",
+        lambda: pool.call(transfers.run_case, case, repeats, timeout=_patience_s(case, repeats)),
+        ignore_busy,
+        used=lambda ranks: [rank.usage for rank in ranks],
+        pause_s=PAUSE_S,
+    )
     # From the first rank that begins to the last that ends; of one microbatch.
     seconds = {
         method: [

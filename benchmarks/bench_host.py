@@ -15,23 +15,22 @@ import argparse
 import contextlib
 import gc
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P
 
-from busy import BUSY_LIMIT, MachineBusy, machine_usage, other_share, process_usage
+from busy import undisturbed
 from cases import BATCH, KIB, REPLICATED, SHARDED, STATIC, Case, parse_layout
+from program import parsed, parser_of, status_of
 from records import Measurement, measurement, table, write_json
 from released import ReleasedUnavailable, require_released
 
 Step = Callable[[], None]
-ATTEMPTS = 3
-SKIPPED, BUSY = 77, 75
 # A method's suffix says which clock: from call to return, processor time of the calling thread, and of all threads.
 CLOCKS: dict[str, Callable[[], float]] = {
     "": time.perf_counter,
@@ -42,17 +41,10 @@ CLOCKS: dict[str, Callable[[], float]] = {
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter repeats: a few seconds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
+    parser = parser_of(__doc__, quick="fewer and shorter repeats: a few seconds", repeats=(15, 7))
     parser.add_argument("--layouts", default="tp4-tp4", help="source-destination, by commas (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, help="pairs of each measurement (default: 15, quick: 7)")
-    parser.add_argument("--ignore-busy", action="store_true", help="report although other work is busy; `busy` tells")
-    options = parser.parse_args(arguments)
-    options.repeats = options.repeats or (7 if options.quick else 15)
+    options = parsed(parser, arguments)
     options.steps = 300 if options.quick else 1000
-    if options.repeats < 1:
-        parser.error(f"--repeats: expected a positive number, got {options.repeats}")
     try:
         # Small, so that touching the payload costs nothing, and large enough to be cut for every rank.
         options.cases = [
@@ -66,19 +58,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    measurements: list[Measurement] = []
-    try:
-        require_released()
-        for case in options.cases:
-            measurements += measure(case, options.repeats, options.steps, options.ignore_busy)
-    except ReleasedUnavailable as reason:
-        print(f"skipped: {reason}", file=sys.stderr)
-        return SKIPPED
-    except MachineBusy as reason:
-        print(f"not reported: {reason}", file=sys.stderr)
-        return BUSY
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    return status_of(partial(report, options), skipped=(ReleasedUnavailable,))
+
+
+def report(options: argparse.Namespace) -> int:
+    """Measure, and tell."""
+    require_released()
+    measurements = [
+        item for case in options.cases for item in measure(case, options.repeats, options.steps, options.ignore_busy)
+    ]
     print(table(measurements))
     print(
         "\nHost time of one rank per forward and backward, messages free of charge. leader, member: what the released "
@@ -92,28 +80,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(case: Case, repeats: int, steps: int, ignore_busy: bool) -> list[Measurement]:
     """Both sides, each as the leader of its lane and as another rank of it; again, where other work was busy."""
-    for _ in range(ATTEMPTS):
-        machine, mine = machine_usage(), process_usage()
-        found = _measure(case, repeats, steps)
-        busy = other_share(machine_usage() - machine, [process_usage() - mine])
-        if ignore_busy or busy <= BUSY_LIMIT:
-            return [
-                measurement(
-                    name,
-                    case.layout,
-                    case.num_bytes,
-                    method,
-                    released_s=theirs,
-                    method_s=ours,
-                    bound_s=None,
-                    busy=busy,
-                )
-                for name, method, theirs, ours in found
-            ]
-    raise MachineBusy(
-        f"{case.layout}: other work used {busy:.0%} of the machine, expected at most {BUSY_LIMIT:.0%} "
-        f"({ATTEMPTS} attempts)"
-    )
+    found, busy = undisturbed(case.layout, partial(_measure, case, repeats, steps), ignore_busy)
+    return [
+        measurement(
+            name,
+            case.layout,
+            case.num_bytes,
+            method,
+            released_s=theirs,
+            method_s=ours,
+            bound_s=None,
+            busy=busy,
+        )
+        for name, method, theirs, ours in found
+    ]
 
 
 def _measure(case: Case, repeats: int, steps: int) -> list[tuple[str, str, list[float], list[float]]]:

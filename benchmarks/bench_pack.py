@@ -11,7 +11,6 @@ and its copy one after the other, in an order that rotates. See benchmarks/READM
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,8 +19,9 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P
 
-from bench_rescale import BUSY, MIB, MISSED, memory_options, quiet_times, rotating_times
-from busy import MachineBusy
+from bench_rescale import MIB, memory_options, rotating_times
+from busy import undisturbed
+from program import status_of, told
 from records import Measurement, Record, measurement, memory_table, write_json
 
 if TYPE_CHECKING:
@@ -35,30 +35,23 @@ NOT_GATED = ("pack-transposed", "unpack-transposed")
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     return memory_options(
-        arguments,
-        description=(__doc__ or "").splitlines()[0],
-        quick="fewer repeats: under ten seconds",
-        mib=128,
-        size_of="the tensor in bfloat16",
+        arguments, __doc__, quick="fewer repeats: under ten seconds", mib=128, size_of="the tensor in bfloat16"
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    try:
-        measurements = measure(options.mib * MIB, options.repeats, options.ignore_busy)
-    except MachineBusy as reason:
-        print(f"not reported: {reason}", file=sys.stderr)
-        return BUSY
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    return status_of(partial(report, options))
+
+
+def report(options: argparse.Namespace) -> int:
+    """Measure, and tell."""
+    measurements = measure(options.mib * MIB, options.repeats, options.ignore_busy)
     print(memory_table(measurements))
     records = [item.record for item in measurements]
     if options.json:
         write_json(records, options.json)
-    lines = missed(records)
-    print("\n".join(lines) if lines else f"\nWithin 10 % of a plain copy; not promised: {', '.join(NOT_GATED)}.")
-    return MISSED if lines else 0
+    return told(missed(records), f"Within 10 % of a plain copy; not promised: {', '.join(NOT_GATED)}.")
 
 
 def missed(records: Sequence[Record]) -> list[str]:
@@ -78,7 +71,7 @@ def measure(num_bytes: int, repeats: int, ignore_busy: bool) -> list[Measurement
     found = []
     for name, dtypes, moved, ours, copy in cases(num_bytes):
         runs = {"ours": ours, "copy": copy}
-        times, busy = quiet_times(name, partial(rotating_times, runs, repeats), ignore_busy)
+        times, busy = undisturbed(name, partial(rotating_times, runs, repeats), ignore_busy)
         found.append(
             measurement(
                 name,

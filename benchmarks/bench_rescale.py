@@ -12,19 +12,18 @@ benchmarks/README.md.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P
 
-from busy import BUSY_LIMIT, MachineBusy, machine_usage, other_share, process_usage
+from busy import undisturbed
+from program import check_positive, parsed, parser_of, status_of, told
 from records import Measurement, Record, measurement, memory_table, write_json
 
-ATTEMPTS = 3
-MISSED, BUSY = 1, 75
 MIB = 1 << 20
 # Opponent's time / ours that has to be reached. One mul_ moves the same bytes: ours may take a tenth more.
 LIMITS = {"fused_vs_mul": 1 / 1.10, "fused_vs_three_mul": 2.8, "fused_vs_mul_norm": 1.8}
@@ -36,54 +35,40 @@ DTYPES = ("float32", "bfloat16", "float16")
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     options = memory_options(
-        arguments,
-        description=(__doc__ or "").splitlines()[0],
-        quick="float32 alone, fewer repeats: a few seconds",
-        mib=256,
-        size_of="the buffer",
+        arguments, __doc__, quick="float32 alone, fewer repeats: a few seconds", mib=256, size_of="the buffer"
     )
     options.dtypes = DTYPES[:1] if options.quick else DTYPES
     return options
 
 
 def memory_options(
-    arguments: Sequence[str] | None, *, description: str, quick: str, mib: int, size_of: str
+    arguments: Sequence[str] | None, doc: str | None, *, quick: str, mib: int, size_of: str
 ) -> argparse.Namespace:
     """The options of a benchmark of passes over memory. `mib`: the default size of what `size_of` names."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
+    parser = parser_of(doc, quick=quick, repeats=(25, 9))
     parser.add_argument("--mib", type=int, default=mib, help=f"size of {size_of} (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, help="pairs of each measurement (default: 25, quick: 9)")
-    parser.add_argument("--ignore-busy", action="store_true", help="report although other work is busy; `busy` tells")
-    options = parser.parse_args(arguments)
-    options.repeats = options.repeats or (9 if options.quick else 25)
-    for name in ("repeats", "mib"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}: expected a positive number, got {getattr(options, name)}")
+    options = parsed(parser, arguments)
+    check_positive(parser, options, "mib")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    try:
-        measurements = [
-            item
-            for dtype in options.dtypes
-            for item in measure(dtype, options.mib * MIB, options.repeats, options.ignore_busy)
-        ]
-    except MachineBusy as reason:
-        print(f"not reported: {reason}", file=sys.stderr)
-        return BUSY
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    return status_of(partial(report, options))
+
+
+def report(options: argparse.Namespace) -> int:
+    """Measure, and tell."""
+    measurements = [
+        item
+        for dtype in options.dtypes
+        for item in measure(dtype, options.mib * MIB, options.repeats, options.ignore_busy)
+    ]
     print(memory_table(measurements))
     records = [item.record for item in measurements]
     if options.json:
         write_json(records, options.json)
-    lines = missed(records)
-    print("\n".join(lines) if lines else f"\nAll limits kept: {limits_text()}.")
-    return MISSED if lines else 0
+    return told(missed(records), f"All limits kept: {limits_text()}.")
 
 
 def limits_text() -> str:
@@ -104,7 +89,7 @@ def missed(records: Sequence[Record]) -> list[str]:
 
 def measure(dtype: str, num_bytes: int, repeats: int, ignore_busy: bool) -> list[Measurement]:
     """All opponents for one dtype; again, where other work was busy."""
-    times, busy = quiet_times(dtype, lambda: pass_times(dtype, num_bytes, repeats), ignore_busy)
+    times, busy = undisturbed(dtype, partial(pass_times, dtype, num_bytes, repeats), ignore_busy)
     ours = times.pop("fused")
     return [
         measurement(
@@ -119,23 +104,6 @@ def measure(dtype: str, num_bytes: int, repeats: int, ignore_busy: bool) -> list
         )
         for opponent, theirs in times.items()
     ]
-
-
-def quiet_times(what: str, run: Callable[[], Times], ignore_busy: bool) -> tuple[Times, float]:
-    """What `run` has measured, and the share of the machine that other work used; again, where that was too much.
-
-    Raises:
-        MachineBusy: other work disturbed `what` `ATTEMPTS` times.
-    """
-    for _ in range(ATTEMPTS):
-        machine, mine = machine_usage(), process_usage()
-        times = run()
-        busy = other_share(machine_usage() - machine, [process_usage() - mine])
-        if ignore_busy or busy <= BUSY_LIMIT:
-            return times, busy
-    raise MachineBusy(
-        f"{what}: other work used {busy:.0%} of the machine, expected at most {BUSY_LIMIT:.0%} ({ATTEMPTS} attempts)"
-    )
 
 
 def pass_times(dtype: str, num_bytes: int, repeats: int) -> Times:

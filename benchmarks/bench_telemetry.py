@@ -16,26 +16,25 @@ import argparse
 import contextlib
 import gc
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P
 
 import bench_host
-from bench_rescale import BUSY, MISSED
-from busy import BUSY_LIMIT, MachineBusy, Usage, machine_usage, other_share, process_usage
+from busy import Usage, process_usage, undisturbed
 from cases import KIB, SHARDED, STATIC, Case, parse_layout
+from program import parsed, parser_of, status_of, told
 from records import Measurement, Record, measurement, table, write_json
 
 METHOD = SHARDED + STATIC  # the fewest messages: all else costs more than telemetry does
 CASE = Case("small", *parse_layout("tp4-tp4"), 16 * KIB, (METHOD,))
 RANK = 0
-ATTEMPTS = 3
 WITHOUT, AGAIN = "without", "nothing"
 MODES = ("off", "trace", AGAIN)
 LIMIT = 0.98  # of what is off
@@ -43,18 +42,11 @@ LIMIT = 0.98  # of what is off
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__, quick="fewer and shorter repeats: a few seconds", repeats=(61, 21))
     parser.add_argument("--bare", type=Path, metavar="DIR", help="folder of a package built with MIMO_EXT_TELEMETRY=0")
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter repeats: a few seconds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
-    parser.add_argument("--repeats", type=int, help="turns of each (default: 61, quick: 21)")
-    parser.add_argument("--ignore-busy", action="store_true", help="report although other work is busy; `busy` tells")
     parser.add_argument("--worker", choices=(*MODES, WITHOUT), help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    options.repeats = options.repeats or (21 if options.quick else 61)
+    options = parsed(parser, arguments)
     options.steps = 300 if options.quick else 1000
-    if options.repeats < 1:
-        parser.error(f"--repeats: expected a positive number, got {options.repeats}")
     if not options.worker and (options.bare is None or not (options.bare / "mimo_ext").is_dir()):
         parser.error(f"--bare: expected a folder that holds mimo_ext, got {options.bare}")
     return options
@@ -64,20 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     if options.worker:
         return work(options.worker)
-    try:
-        measurements = measure(options.bare, options.repeats, options.steps, options.ignore_busy)
-    except MachineBusy as reason:
-        print(f"not reported: {reason}", file=sys.stderr)
-        return BUSY
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    return status_of(partial(report, options))
+
+
+def report(options: argparse.Namespace) -> int:
+    """Measure, and tell."""
+    measurements = measure(options.bare, options.repeats, options.steps, options.ignore_busy)
     records = [item.record for item in measurements]
     print(table(measurements).replace("released", "without ", 1))
     if options.json:
         write_json(records, options.json)
-    lines = missed(records)
-    print("\n".join(lines) or f"\nWhat is off costs less than {1 - LIMIT:.0%}.")
-    return MISSED if lines else 0
+    return told(missed(records), f"What is off costs less than {1 - LIMIT:.0%}.")
 
 
 def missed(records: Sequence[Record]) -> list[str]:
@@ -91,27 +80,23 @@ def missed(records: Sequence[Record]) -> list[str]:
 
 def measure(bare: Path, repeats: int, steps: int, ignore_busy: bool) -> list[Measurement]:
     """All of them in turns; again, where other work was busy."""
-    for _ in range(ATTEMPTS):
-        mine = process_usage()
-        with workers(bare) as running:
-            machine = machine_usage()
-            times, spent = in_turns(running, repeats, steps)
-            busy = other_share(machine_usage() - machine, [*spent, process_usage() - mine])
-        if ignore_busy or busy <= BUSY_LIMIT:
-            return [
-                measurement(
-                    "telemetry",
-                    CASE.layout,
-                    CASE.num_bytes,
-                    mode,
-                    released_s=times[WITHOUT],
-                    method_s=times[mode],
-                    bound_s=None,
-                    busy=busy,
-                )
-                for mode in MODES
-            ]
-    raise MachineBusy(f"other work used {busy:.0%} of the machine, expected at most {BUSY_LIMIT:.0%}")
+    with workers(bare) as running:
+        (times, _), busy = undisturbed(
+            "telemetry", partial(in_turns, running, repeats, steps), ignore_busy, used=lambda turns: turns[1]
+        )
+    return [
+        measurement(
+            "telemetry",
+            CASE.layout,
+            CASE.num_bytes,
+            mode,
+            released_s=times[WITHOUT],
+            method_s=times[mode],
+            bound_s=None,
+            busy=busy,
+        )
+        for mode in MODES
+    ]
 
 
 @contextlib.contextmanager

@@ -19,15 +19,17 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from bench_bridge import ATTEMPTS, BUSY, PAUSE_S, SKIPPED
-from busy import BUSY_LIMIT, MachineBusy, machine_usage, other_share, process_usage
+from bench_bridge import PAUSE_S
+from busy import undisturbed
 from emulation import EmulatedCluster, EmulationUnavailable, Rates
+from program import parsed, parser_of, status_of
 from ranks import RankFailed, RankPool, rank_pool
 from records import Measurement, measurement, slower, table, write_json
 from released import ReleasedUnavailable, require_released
@@ -79,9 +81,7 @@ class Case:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="four ranks and fewer repeats: under a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
+    parser = parser_of(__doc__, quick="four ranks and fewer repeats: under a minute", repeats=(11, 5))
     parser.add_argument(
         "--layout",
         action="append",
@@ -90,17 +90,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--batch", type=int, default=BATCH, help="numbers per step (default: %(default)s)")
     parser.add_argument("--microbatches", type=int, default=MICROBATCHES, help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, help="pairs of each measurement (default: 11, quick: 5)")
     parser.add_argument("--timelines", type=Path, metavar="FOLDER", help="draw a step of each method to FOLDER")
-    parser.add_argument(
-        "--ignore-busy",
-        action="store_true",
-        help=f"report although other work uses more than {BUSY_LIMIT * 100:.0f} %% of the machine; `busy` tells",
-    )
-    options = parser.parse_args(arguments)
-    options.repeats = options.repeats or (5 if options.quick else 11)
-    if options.repeats < 1:
-        parser.error(f"--repeats: expected a positive number, got {options.repeats}")
+    options = parsed(parser, arguments)
     layouts = options.layouts or (QUICK_LAYOUTS if options.quick else LAYOUTS)
     options.cases = [
         Case(family, layout, options.batch, options.microbatches) for family in RATES for layout in layouts
@@ -112,21 +103,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     # As Ctrl-C: the namespaces are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    return status_of(
+        partial(report, options),
+        skipped=(EmulationUnavailable, ReleasedUnavailable),
+        failed=(RankFailed, DifferentLosses),
+    )
+
+
+def report(options: argparse.Namespace) -> int:
+    """Measure, and tell."""
     started = time.monotonic()
-    try:
-        require_released()
-        measurements = run(options.cases, options.repeats, options.ignore_busy, options.timelines)
-    except (EmulationUnavailable, ReleasedUnavailable) as reason:
-        print(f"skipped: {reason}", file=sys.stderr)
-        return SKIPPED
-    except MachineBusy as reason:
-        print(f"not reported: {reason}", file=sys.stderr)
-        return BUSY
-    except (RankFailed, DifferentLosses) as failure:
-        print(failure, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    require_released()
+    measurements = run(options.cases, options.repeats, options.ignore_busy, options.timelines)
     print(table(measurements))
     rates = ", ".join(f"{family}: {rates.nic_mbit:g} Mbit/s" for family, rates in RATES.items())
     print(
@@ -148,7 +136,7 @@ def run(cases: Sequence[Case], repeats: int, ignore_busy: bool, timelines: Path 
 
     Raises:
         EmulationUnavailable, RankFailed: see there.
-        MachineBusy: other work disturbed a case `ATTEMPTS` times.
+        MachineBusy: other work disturbed a case again and again.
         DifferentLosses: the methods of a case differ in the losses of a short training.
     """
     measurements: list[Measurement] = []
@@ -175,20 +163,13 @@ def measure(
         ranks_per_host=len(case.hosts[0]),
     )
     setting = training.Setting(case.layout, case.batch, case.microbatches, links)
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(PAUSE_S * attempt)  # what disturbs may end soon
-        machine, mine = machine_usage(), process_usage()
-        ranks = pool.call(training.run, setting, repeats, timelines is not None, timeout=120 + 60 * repeats)
-        ours = [process_usage() - mine, *(rank.usage for rank in ranks)]
-        busy = other_share(machine_usage() - machine, ours)
-        if ignore_busy or busy <= BUSY_LIMIT:
-            break
-    else:
-        raise MachineBusy(
-            f"{case.family} {case.layout}: other work used {busy:.0%} of the machine, expected at most "
-            f"{BUSY_LIMIT:.0%} ({ATTEMPTS} attempts)"
-        )
+    ranks, busy = undisturbed(
+        f"{case.family} {case.layout}",
+        lambda: pool.call(training.run, setting, repeats, timelines is not None, timeout=120 + 60 * repeats),
+        ignore_busy,
+        used=lambda ranks: [rank.usage for rank in ranks],
+        pause_s=PAUSE_S,
+    )
     found = measurements_of(case, ranks, busy)
     for item in found:
         print(f"{item.record.name} {item.record.method}: {item.record.ratio_median:.2f}x", file=sys.stderr)

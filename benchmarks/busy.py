@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 BUSY_LIMIT = 0.25
+ATTEMPTS = 4
+
+T = TypeVar("T")
 
 
 class MachineBusy(RuntimeError):
@@ -64,3 +69,40 @@ def other_share(machine: Usage, ours: Sequence[Usage]) -> float:
     user = max(0.0, machine.user - sum(usage.user for usage in ours))
     system = max(0.0, machine.system - sum(usage.system for usage in ours))
     return min(1.0, (user + system + machine.stolen) / machine.total)
+
+
+def _nothing(_: object) -> Sequence[Usage]:
+    return ()
+
+
+def undisturbed(
+    what: str,
+    run: Callable[[], T],
+    ignore_busy: bool,
+    *,
+    used: Callable[[T], Sequence[Usage]] = _nothing,
+    pause_s: float = 0.0,
+) -> tuple[T, float]:
+    """What `run` has measured, and the share of the machine, 0 to 1, that other work used; again, where that was much.
+
+    Args:
+        what: is measured, for the message.
+        run: measures it.
+        ignore_busy: take what comes first.
+        used: tells from what was measured what other processes of ours have used meanwhile.
+        pause_s: before it runs again; longer every time. What disturbs may end soon.
+
+    Raises:
+        MachineBusy: other work disturbed it `ATTEMPTS` times.
+    """
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(pause_s * attempt)
+        machine, mine = machine_usage(), process_usage()
+        measured = run()
+        busy = other_share(machine_usage() - machine, [process_usage() - mine, *used(measured)])
+        if ignore_busy or busy <= BUSY_LIMIT:
+            return measured, busy
+    raise MachineBusy(
+        f"{what}: other work used {busy:.0%} of the machine, expected at most {BUSY_LIMIT:.0%} ({ATTEMPTS} attempts)"
+    )

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_telemetry  # noqa: E402
+import busy  # noqa: E402
 from records import Record  # noqa: E402
 
 import mimo_ext  # noqa: E402
@@ -66,4 +67,4 @@ def test_processes_take_turns_and_what_they_use_is_counted() -> None:
     running = {mode: Asked() for mode in ("without", "off")}
     times, spent = bench_telemetry.in_turns(running, 3, 7)  # type: ignore[arg-type]
     assert times == {"without": [1.0, 2.0, 3.0], "off": [1.0, 2.0, 3.0]}
-    assert bench_telemetry.other_share(bench_telemetry.Usage(4.0, 2.0, 0.0, 10.0), spent) == pytest.approx(0.15)
+    assert busy.other_share(busy.Usage(4.0, 2.0, 0.0, 10.0), spent) == pytest.approx(0.15)

@@ -17,6 +17,7 @@ import bench_host
 import busy
 import emulation
 import picture
+import program
 import released
 from cases import FAMILIES, MIB, Case, Side, by_cluster, parse_layout, select
 from records import KEYS, Measurement, Record, measurement, read_json, size_text, slower, table, write_json
@@ -264,7 +265,7 @@ def test_host_times_become_records_unless_the_machine_is_busy(monkeypatch: pytes
         return dict.fromkeys(bench_host.CLOCKS, times)
 
     monkeypatch.setattr(bench_host, "rank_times", rank_times)
-    monkeypatch.setattr(bench_host, "other_share", lambda machine, ours: 0.5)
+    monkeypatch.setattr(busy, "other_share", lambda machine, ours: 0.5)
     (case,) = bench_host.parse_arguments([]).cases
     if not ignore:
         with pytest.raises(busy.MachineBusy, match="tp4-tp4: other work used 50%"):
@@ -289,7 +290,7 @@ def test_without_root_the_benchmark_is_skipped_with_a_reason(
     monkeypatch.setattr(bench_bridge, "require_released", lambda: None)
     monkeypatch.setattr(bench_bridge.signal, "signal", lambda *given: None)
     file = tmp_path / "records.json"
-    assert bench_bridge.main(["--quick", "--json", str(file)]) == bench_bridge.SKIPPED
+    assert bench_bridge.main(["--quick", "--json", str(file)]) == program.SKIPPED
     assert "skipped: network namespaces need root, this is user 1000" in capsys.readouterr().err
     assert not file.exists()
 
@@ -306,7 +307,7 @@ def test_without_megatron_the_benchmark_is_skipped_with_a_reason(
 ) -> None:
     monkeypatch.setattr(released.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(bench_bridge.signal, "signal", lambda *given: None)
-    assert bench_bridge.main(["--quick"]) == bench_bridge.SKIPPED
+    assert bench_bridge.main(["--quick"]) == program.SKIPPED
     assert "skipped: megatron-core is not installed" in capsys.readouterr().err
 
 
@@ -337,8 +338,8 @@ def test_a_disturbed_case_is_measured_again_or_marked(
 ) -> None:
     left = list(shares)
     paused: list[float] = []
-    monkeypatch.setattr(bench_bridge.time, "sleep", paused.append)
-    monkeypatch.setattr(bench_bridge, "other_share", lambda machine, ours: left.pop(0))
+    monkeypatch.setattr(busy.time, "sleep", paused.append)
+    monkeypatch.setattr(busy, "other_share", lambda machine, ours: left.pop(0))
     pool = Pool()
     case = Case("transfer", Side(1), Side(1), MIB, ("replicated",))
     (found,) = bench_bridge.measure(pool, case, 3, ignore)
@@ -351,8 +352,8 @@ def test_a_disturbed_case_is_measured_again_or_marked(
 def test_a_machine_that_stays_busy_is_not_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(bench_bridge, "other_share", lambda machine, ours: 0.4)
-    monkeypatch.setattr(bench_bridge.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(busy, "other_share", lambda machine, ours: 0.4)
+    monkeypatch.setattr(busy.time, "sleep", lambda seconds: None)
     pool = Pool()
 
     def run(cases: list[Case], repeats: int, ignore_busy: bool) -> list[Measurement]:
@@ -361,8 +362,8 @@ def test_a_machine_that_stays_busy_is_not_reported(
     monkeypatch.setattr(bench_bridge, "run", run)
     monkeypatch.setattr(bench_bridge.signal, "signal", lambda *given: None)
     file = tmp_path / "records.json"
-    assert bench_bridge.main(["--quick", "--json", str(file)]) == bench_bridge.BUSY
-    assert pool.calls == bench_bridge.ATTEMPTS
+    assert bench_bridge.main(["--quick", "--json", str(file)]) == program.BUSY
+    assert pool.calls == busy.ATTEMPTS
     said = capsys.readouterr()
     assert "not reported: transfer tp4-tp4: other work used 40% of the machine, expected at most 25%" in said.err
     assert "x" not in said.out
