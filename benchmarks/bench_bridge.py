@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P
 
 from busy import undisturbed
 from cases import FAMILIES, KIB, LAYOUTS, METHODS, Case, by_cluster, select
+from command_line import parsed, parser_of, status_of
 from emulation import EmulatedCluster, EmulationUnavailable, Loopback
-from program import parsed, parser_of, status_of
 from ranks import RankFailed, RankPool, rank_pool
 from records import Measurement, measurement, slower, table, write_json
 from released import ReleasedUnavailable, require_released

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P
 
 from busy import undisturbed
 from cases import BATCH, KIB, REPLICATED, SHARDED, STATIC, Case, parse_layout
-from program import parsed, parser_of, status_of
+from command_line import parsed, parser_of, status_of
 from records import Measurement, measurement, table, write_json
 from released import ReleasedUnavailable, require_released
 

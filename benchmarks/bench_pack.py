@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P
 
 from bench_rescale import MIB, memory_options, rotating_times
 from busy import undisturbed
-from program import status_of, told
+from command_line import status_of, told
 from records import Measurement, Record, measurement, memory_table, write_json
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P
 
 from busy import undisturbed
-from program import check_positive, parsed, parser_of, status_of, told
+from command_line import check_positive, parsed, parser_of, status_of, told
 from records import Measurement, Record, measurement, memory_table, write_json
 
 MIB = 1 << 20

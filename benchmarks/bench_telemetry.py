@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P
 import bench_host
 from busy import Usage, process_usage, undisturbed
 from cases import KIB, SHARDED, STATIC, Case, parse_layout
-from program import parsed, parser_of, status_of, told
+from command_line import parsed, parser_of, status_of, told
 from records import Measurement, Record, measurement, table, write_json
 
 METHOD = SHARDED + STATIC  # the fewest messages: all else costs more than telemetry does

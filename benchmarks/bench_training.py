@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from bench_bridge import PAUSE_S
 from busy import undisturbed
+from command_line import parsed, parser_of, status_of
 from emulation import EmulatedCluster, EmulationUnavailable, Rates
-from program import parsed, parser_of, status_of
 from ranks import RankFailed, RankPool, rank_pool
 from records import Measurement, measurement, slower, table, write_json
 from released import ReleasedUnavailable, require_released

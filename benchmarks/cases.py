@@ -227,5 +227,7 @@ def _repeated(case: Case) -> Case:
     """With as many transfers in a timed run as last a tenth of a second: to start and end one costs a millisecond."""
     if case.microbatches > 1:
         return case
-    count = 50 if case.is_small else max(1, math.ceil(0.1 / case.bound_s(REPLICATED)))
-    return Case(case.family, case.source, case.destination, case.num_bytes, case.methods, min(50, count))
+    count = min(50, math.ceil(0.1 / case.bound_s(REPLICATED)))
+    if case.is_small:
+        count = 50 if case.emulated else 200
+    return Case(case.family, case.source, case.destination, case.num_bytes, case.methods, max(1, count))

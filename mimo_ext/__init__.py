@@ -3,9 +3,11 @@
 The root of the package needs torch only; `mimo_ext.megatron` is the layer for Megatron-Core programs.
 """
 
+from ._differentiable import bridge
 from ._extension import has_cuda
+from ._setup import Setup
 from ._version import __version__
-from .bridge import Bridge, BridgeError, BridgeTimeoutError, Handle, bridge
+from .bridge import Bridge, BridgeError, BridgeTimeoutError, Handle
 from .layout import Layout, Plan
 from .row_shards import RowShards
 
@@ -17,6 +19,7 @@ __all__ = [
     "Layout",
     "Plan",
     "RowShards",
+    "Setup",
     "__version__",
     "bridge",
     "has_cuda",

@@ -119,3 +119,37 @@ def links_of(where: str, links: Any) -> _C.Links:
     except (TypeError, ValueError) as error:
         raise type(error)(f"{where}: {error}") from None
     return found
+
+
+def static_microbatch(
+    where: str, given: Any, axes: tuple[int, int, int], sides: tuple[_C.Boundary, _C.Boundary], element_size: int
+) -> _C.Microbatch:
+    """The microbatch of a static shape.
+
+    Args:
+        given: the shape.
+        axes: number of axes, batch axis, sequence axis.
+        sides: source and destination.
+
+    Raises:
+        TypeError: no list of whole numbers. ValueError: a shape that does not fit.
+    """
+    ndim, batch_dim, seq_dim = axes
+    shape = checked_ints(where, "shape", given)
+    if len(shape) != ndim or any(extent < 0 for extent in shape):
+        raise ValueError(f"{where}: expected a shape of {ndim} extents, got {tuple(shape)}")
+    samples = shape[batch_dim]
+    source, destination = (len(side.lanes) for side in sides)
+    if ndim == 2 and (samples % source or samples % destination):
+        raise ValueError(
+            f"{where}: expected rows that split evenly over {source} source and {destination} "
+            f"destination lanes, got {samples}; without shape=, row counts may vary"
+        )
+    microbatch = _C.Microbatch(
+        ndim=ndim, batch_dim=batch_dim, seq_dim=seq_dim, samples=samples, shape=shape, element_size=element_size
+    )
+    try:
+        microbatch.check()
+    except ValueError as error:
+        raise ValueError(f"{where}: shape {tuple(shape)}: {error}") from None
+    return microbatch

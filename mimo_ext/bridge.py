@@ -25,10 +25,12 @@ from ._arguments import (
     checked_type,
     digest_of,
     links_of,
+    static_microbatch,
 )
 from ._extension import _C
 from ._groups import Groups
 from ._leftovers import finish_leftovers_at_exit
+from ._observed import Observed
 from ._setup import Setup, ranks_of, refuse_bridge
 from ._transports import CARRIERS, check_transport, checked_device
 from ._version import library_text
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 BridgeError = _C.BridgeError
 BridgeTimeoutError = _C.BridgeTimeoutError
 
-__all__ = ["Bridge", "BridgeError", "BridgeTimeoutError", "Handle", "bridge", "refuse_bridge"]
+__all__ = ["Bridge", "BridgeError", "BridgeTimeoutError", "Handle", "refuse_bridge"]
 
 
 def _nothing(_: Any) -> None:
@@ -76,7 +78,7 @@ class Handle:
         return self._result
 
 
-class Bridge:
+class Bridge(Observed):
     """Moves the boundary tensor of one module to the next, and its gradient back, between any two layouts.
 
     The constructor is collective over the default process group (or over `group`): every rank calls it, in the same
@@ -189,8 +191,11 @@ class Bridge:
             timeout = checked_timeout(where, timeout)
             self._source = boundary_of(where, "src_stage", src, src_stage)
             self._destination = boundary_of(where, "dst_stage", dst, dst_stage)
-            fixed = None if shape is None else self._fixed(where, shape)
             sides = self._source, self._destination
+            fixed = None
+            if shape is not None:
+                axes = self.ndim, self.batch_dim, self.seq_dim
+                fixed = static_microbatch(where, shape, axes, sides, dtype.itemsize)
             self._ranks = ranks = sorted({rank for side in sides for lane in side.lanes for rank in lane})
             check_ranks(
                 where, ranks, setup.ranks if setup is not None else ranks_of(group) or range(dist.get_world_size())
@@ -266,31 +271,6 @@ class Bridge:
         # Where close() was forgotten: what has been sent still arrives, and no thread outlives the interpreter.
         finish_leftovers_at_exit()
         self._finalizer = weakref.finalize(self, self._communicator.leave)
-
-    def _fixed(self, where: str, given: Sequence[int]) -> _C.Microbatch:
-        shape = checked_ints(where, "shape", given)
-        if len(shape) != self.ndim or any(extent < 0 for extent in shape):
-            raise ValueError(f"{where}: expected a shape of {self.ndim} extents, got {tuple(shape)}")
-        samples = shape[self.batch_dim]
-        lanes = (len(self._source.lanes), len(self._destination.lanes))
-        if self.ndim == 2 and any(samples % count for count in lanes):
-            raise ValueError(
-                f"{where}: expected rows that split evenly over {lanes[0]} source and {lanes[1]} "
-                f"destination lanes, got {samples}; without shape=, row counts may vary"
-            )
-        microbatch = _C.Microbatch(
-            ndim=self.ndim,
-            batch_dim=self.batch_dim,
-            seq_dim=self.seq_dim,
-            samples=samples,
-            shape=shape,
-            element_size=self.dtype.itemsize,
-        )
-        try:
-            microbatch.check()
-        except ValueError as error:
-            raise ValueError(f"{where}: shape {tuple(shape)}: {error}") from None
-        return microbatch
 
     # Properties
 
@@ -508,48 +488,6 @@ class Bridge:
         self.send_backward(dy)
         return self.recv_forward(row_shards)
 
-    # What it tells about itself
-
-    def telemetry(self) -> dict[str, dict[str, float]]:
-        """What this rank has moved so far, for "forward" and "backward" each. Always counted, at no measurable cost.
-
-        `sends`, `receives`: operations; `bytes_sent`, `bytes_received`: payload, with the copies between the ranks of
-        a lane; `transfer_s`: seconds from the start of each receive (its header has come; static shapes: it was
-        posted) to its end; `exposed_s`: seconds for which the caller was blocked in a receive.
-        """
-        sides = {"forward": True, "backward": False}
-        return {side: self._open.counters(forward) for side, forward in sides.items()}
-
-    def start_trace(self, capacity: int = 10_000) -> None:
-        """Record the next operations; the last `capacity` are kept. 0 ends recording."""
-        where = f"bridge '{self.name}', rank {self.rank}: start_trace"
-        self._open.start_trace(checked_int(where, "capacity", capacity, 0))
-
-    def trace_events(self) -> list[dict[str, Any]]:
-        """What was recorded, in the order in which operations ended.
-
-        Each is a dict of `operation` ("send_forward", ...), `microbatch`, `bytes`, and the times `posted_ns`,
-        `started_ns` (as in `telemetry`), `done_ns`, `wait_begin_ns` and `wait_end_ns` (0 where nobody waited) on the
-        clock of `time.monotonic_ns`, which is one for all processes of a host. A receive is recorded when it has been
-        waited for.
-        """
-        return self._open.trace_events()
-
-    def flight(self) -> dict[str, Any]:
-        """The flight recorder: the last 256 operations of this bridge on this rank. Always on; see `mimo_ext.flight`.
-
-        A dict of `entries`, the oldest first, and `caller`. Each entry is a dict of `id` (counts from 1), `operation`
-        ("send_forward", ...), `microbatch`, `bytes` (payload; 0 while it is not known), `state`, `waits_for` ("header
-        from", "payload from", "lane copy to", ... or None), `peer` (the rank, or None), `posted_ns` and `since_ns`
-        (when it began to wait for that, or ended) on the clock of `time.monotonic_ns`. States: "posted" (nobody waits
-        for it yet), "header", "receiving", "sending", "done" and "failed".
-
-        `caller` is None unless a call is under way: a dict of `operation`, `microbatch` (None where the call waits for
-        several) and `since_ns`. A "send_..." stands for a handle that is waited for, or (microbatch None) for a send
-        while as many microbatches as may be are in flight.
-        """
-        return self._open.flight()
-
     def _check_row_shards(self, row_shards: Any) -> None:
         if row_shards is not None:
             where = f"bridge '{self.name}', rank {self.rank}: recv_forward"
@@ -606,72 +544,3 @@ _of_init = inspect.signature(Bridge.__init__)
 Bridge.__signature__ = _of_init.replace(  # type: ignore[attr-defined]
     parameters=[each for name, each in _of_init.parameters.items() if name != "self"]
 )
-
-
-class _BridgeFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, bridge: Bridge, x: torch.Tensor, options: dict[str, Any], row_shards: RowShards | None
-    ) -> torch.Tensor:
-        ctx.bridge = bridge
-        ctx.x_meta = (x.shape, x.dtype, x.device) if bridge.is_source else None
-        with (
-            torch.enable_grad()
-        ):  # whether gradients are wanted was decided outside: forward() always runs under no_grad
-            if bridge.is_source:
-                bridge.send_forward(x.detach(), **options)
-            if bridge.is_destination:
-                return bridge.recv_forward(row_shards).detach()
-        return x.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[None, torch.Tensor | None, None, None]:
-        bridge: Bridge = ctx.bridge
-        if bridge.is_destination:
-            bridge.send_backward(dy.contiguous())
-        if not bridge.is_source:
-            return None, None, None, None
-        dx = bridge.recv_backward()
-        if dx is None:
-            shape, dtype, device = ctx.x_meta
-            dx = torch.zeros(shape, dtype=dtype, device=device)
-        return None, dx, None, None
-
-
-def bridge(
-    x: torch.Tensor | None, bridge: Bridge, *, recv_row_shards: RowShards | None = None, **options: Any
-) -> torch.Tensor:
-    """Differentiable form, called by every rank of both sides: `y = mimo_ext.bridge(x, b)`.
-
-    On destination ranks it returns the received tensor; its backward sends the gradient. On ranks that are only a
-    source it returns a zero scalar that stands for the transfer: call `backward()` on it (or add it to the loss) to
-    receive `x`'s gradient. On ranks that are only a destination `x` is None. Under `torch.no_grad()` nothing travels
-    back.
-
-    Args:
-        x: as in `Bridge.send_forward`; None on ranks that only receive.
-        options: `row_counts`, `num_samples` and `row_shards` of `Bridge.send_forward`.
-        recv_row_shards: `row_shards` of `Bridge.recv_forward`; default those of `options`. A rank that is on both sides
-            has other samples on either.
-
-    Raises:
-        ValueError: a source rank without `x`; otherwise as the bridge's operations.
-    """
-    where = f"bridge '{bridge.name}', rank {bridge.rank}"
-    if bridge.is_source and x is None:
-        raise ValueError(f"{where}: expected a tensor on a source rank, got None")
-    if x is not None:
-        checked_type(where, "x", x, torch.Tensor, "a tensor")
-    row_shards = options.get("row_shards") if recv_row_shards is None else recv_row_shards
-    if not torch.is_grad_enabled():
-        if bridge.is_source:
-            assert x is not None
-            bridge.send_forward(x, **options)
-        if bridge.is_destination:
-            return bridge.recv_forward(row_shards)
-        return torch.zeros((), dtype=bridge.dtype, device=bridge.device)
-    # A leaf that requires grad keeps the node in the graph also where x is absent or frozen: the peers wait for its
-    # backward.
-    anchor = torch.zeros((), dtype=bridge.dtype, device=bridge.device, requires_grad=True)
-    start = anchor if x is None else x if x.requires_grad else x.detach().requires_grad_()
-    return _BridgeFunction.apply(bridge, start, options, row_shards)

@@ -99,6 +99,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void abort_sends();
 
  private:
+  /// How often a caller that waits looks for Ctrl-C.
+  static constexpr std::chrono::milliseconds kInterruptPeriod{100};
+
   /// While a caller is inside of an operation: notes that the failure has been told.
   class Telling;
 

@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import bench_bridge
 import bench_host
 import busy
+import command_line
 import emulation
 import picture
-import program
 import released
 from cases import FAMILIES, MIB, Case, Side, by_cluster, parse_layout, select
 from records import KEYS, Measurement, Record, measurement, read_json, size_text, slower, table, write_json
@@ -290,7 +290,7 @@ def test_without_root_the_benchmark_is_skipped_with_a_reason(
     monkeypatch.setattr(bench_bridge, "require_released", lambda: None)
     monkeypatch.setattr(bench_bridge.signal, "signal", lambda *given: None)
     file = tmp_path / "records.json"
-    assert bench_bridge.main(["--quick", "--json", str(file)]) == program.SKIPPED
+    assert bench_bridge.main(["--quick", "--json", str(file)]) == command_line.SKIPPED
     assert "skipped: network namespaces need root, this is user 1000" in capsys.readouterr().err
     assert not file.exists()
 
@@ -307,7 +307,7 @@ def test_without_megatron_the_benchmark_is_skipped_with_a_reason(
 ) -> None:
     monkeypatch.setattr(released.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(bench_bridge.signal, "signal", lambda *given: None)
-    assert bench_bridge.main(["--quick"]) == program.SKIPPED
+    assert bench_bridge.main(["--quick"]) == command_line.SKIPPED
     assert "skipped: megatron-core is not installed" in capsys.readouterr().err
 
 
@@ -362,7 +362,7 @@ def test_a_machine_that_stays_busy_is_not_reported(
     monkeypatch.setattr(bench_bridge, "run", run)
     monkeypatch.setattr(bench_bridge.signal, "signal", lambda *given: None)
     file = tmp_path / "records.json"
-    assert bench_bridge.main(["--quick", "--json", str(file)]) == program.BUSY
+    assert bench_bridge.main(["--quick", "--json", str(file)]) == command_line.BUSY
     assert pool.calls == busy.ATTEMPTS
     said = capsys.readouterr()
     assert "not reported: transfer tp4-tp4: other work used 40% of the machine, expected at most 25%" in said.err
