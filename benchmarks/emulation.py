@@ -36,6 +36,8 @@ LEAST_BURST_BYTES = MTU + 512  # a packet must fit
 IN_HOST_BURST_BYTES = 80 * 1024
 # What a port buffers before it drops: enough for the fan-in of all ranks, as fabrics for training lose nothing.
 BUFFER_BYTES = 8 * 1024 * 1024
+# Linux's default, whatever this machine is set to: figures of different machines must be comparable.
+CONGESTION_CONTROL = "cubic"
 CLONE_NEWNET = 0x40000000
 
 _NAME = re.compile(r"^mimo-ext-(\d+)-(\d+)-(hub|r\d+)$")
@@ -137,7 +139,8 @@ class EmulatedCluster:
         _run("ip", "-batch", "-", lines=[f"netns add {name}" for name in names])
         for name in names:
             # Nothing but what the ranks send: no neighbour discovery of IPv6, no router solicitations.
-            _run("ip", "netns", "exec", name, "sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1", may_fail=True)
+            _sysctl(name, "net.ipv6.conf.all.disable_ipv6=1", may_fail=True)
+            _sysctl(name, f"net.ipv4.tcp_congestion_control={CONGESTION_CONTROL}")
         _run("ip", "-n", hub, "-batch", "-", lines=self._hub_lines())
         limits = []
         for rank in range(self.world_size):
@@ -244,6 +247,10 @@ def _start_time(pid: int) -> int | None:
         # The name of the program, in parentheses, may hold anything.
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     return None
+
+
+def _sysctl(namespace: str, setting: str, may_fail: bool = False) -> None:
+    _run("ip", "netns", "exec", namespace, "sysctl", "-qw", setting, may_fail=may_fail)
 
 
 def _run(*command: str, lines: Sequence[str] | None = None, may_fail: bool = False) -> None:

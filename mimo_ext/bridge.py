@@ -108,7 +108,8 @@ class Bridge(Observed):
         src_stage, dst_stage: pipeline stages that the bridge joins: by default the source's last and the destination's
             first.
         group: a process group that holds all ranks of both sides, in place of the default group.
-        max_in_flight: microbatches per direction that are sent but not yet received; a further send waits.
+        max_in_flight: microbatches per direction that are sent but have not arrived; a further send waits. (One that
+            travels unasked arrives before its receive is called: see docs/promises.md, "Order".)
         max_chunks, min_chunk_bytes: what a rank receives for its whole lane it forwards to the lane's other ranks in up
             to so many chunks, none below so many bytes: one is forwarded while the next is on the wire.
         path: how the ranks of a lane that hold the same come by their copies. "pipelined": each receives an equal part
@@ -300,7 +301,7 @@ class Bridge(Observed):
 
     @property
     def max_in_flight(self) -> int:
-        """Microbatches per direction that are sent but not yet received. Each rank may set its own, at any time."""
+        """Microbatches per direction that are sent but have not arrived. Each rank may set its own, at any time."""
         return self._open.max_in_flight
 
     @max_in_flight.setter

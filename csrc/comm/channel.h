@@ -221,11 +221,14 @@ class Channel {
   /// Posts the receive of one transfer; false where nothing is to be waited for.
   bool post_part(ReceiveJob& job, const Transfer& transfer, Slots& slots, std::size_t index, int kind);
   /// Posts the receives of what begins the microbatch after those that are expected, its headers and their eager
-  /// payload, as far as they are not posted yet. Holds `ahead_mutex_`.
-  void post_next(std::int64_t sequence);
-  /// The same, before anybody asks for that microbatch: in a pipeline whoever asks has just sent something of its own,
-  /// behind which what announces a receive to its sender would wait at the network card.
-  void announce_next(std::int64_t sequence);
+  /// payload, as far as they are not posted yet. `receive` posts one. Holds `ahead_mutex_`.
+  template <typename Receive>
+  void post_next(const Receive& receive);
+  /// The caller asks for that microbatch: its headers are `job`'s.
+  void expect_next(ReceiveJob& job);
+  /// Posts them before anybody asks for it: in a pipeline whoever asks has just sent something of its own, behind which
+  /// what announces a receive to its sender would wait at the network card.
+  void announce_next();
   /// The oldest of them is this microbatch's.
   void take_eager(ReceiveJob& job, std::size_t header);
   std::size_t header_of(const Transfer& transfer) const;

@@ -1,23 +1,27 @@
 // What is received before it is known what comes: headers, and the beginnings of payloads that follow them unasked.
 #include <ATen/Functions.h>
+#include <ATen/record_function.h>
 #include <c10/core/GradMode.h>
 
+#include <exception>
 #include <utility>
 
 #include "comm/channel_jobs.h"
 
 namespace mimo_ext::comm {
 
-void Channel::post_next(std::int64_t sequence) {
+template <typename Receive>
+void Channel::post_next(const Receive& receive) {
+  // Whoever asks for the microbatch ends these receives, maybe long after a profile that they would be part of.
+  const at::DisableRecordFunctionGuard unrecorded;
+  const c10::NoGradGuard no_grad;
   next_headers_.resize(header_senders_.size());
   for (std::size_t index = 0; index < header_senders_.size(); ++index) {
     const HeaderPeer& peer = header_senders_[index];
     if (peer.rank == transport_.rank()) continue;
     HeaderSlot& header = next_headers_[index];
     if (header.tensor.empty()) header.tensor = {at::empty({static_cast<std::int64_t>(Header::kMaxWords)}, at::kLong)};
-    if (!header.request) {
-      header.request = post(false, header.tensor, peer.index, peer.rank, kHeaderTag, recv_name(), sequence);
-    }
+    if (!header.request) header.request = receive(header.tensor, peer, kHeaderTag);
     while (eager_bytes_ > 0 && eager_[index].size() <= headers_expected_) {
       HeaderSlot slot;
       if (eager_free_.empty()) {
@@ -26,20 +30,31 @@ void Channel::post_next(std::int64_t sequence) {
         slot.tensor = std::move(eager_free_.back());
         eager_free_.pop_back();
       }
-      slot.request = post(false, slot.tensor, peer.index, peer.rank, kEagerTag, recv_name(), sequence);
+      slot.request = receive(slot.tensor, peer, kEagerTag);
       eager_[index].push_back(std::move(slot));
     }
   }
 }
 
-void Channel::announce_next(std::int64_t sequence) {
+void Channel::expect_next(ReceiveJob& job) {
+  const std::lock_guard lock(ahead_mutex_);
+  post_next([&](std::vector<at::Tensor>& tensor, const HeaderPeer& peer, int kind) {
+    return post(false, tensor, peer.index, peer.rank, kind, recv_name(), job.sequence);
+  });
+  std::swap(job.headers, next_headers_);
+  ++headers_expected_;
+  job.eager.resize(header_senders_.size());
+}
+
+void Channel::announce_next() {
   if (config_.fixed) return;
-  const c10::NoGradGuard no_grad;
   const std::lock_guard lock(ahead_mutex_);
   if (headers_expected_ > 0) return;  // the caller posts ahead, too
   try {
-    post_next(sequence);
-  } catch (const BridgeError&) {
+    post_next([this](std::vector<at::Tensor>& tensor, const HeaderPeer& peer, int kind) {
+      return transport_.recv(tensor, peer.index, tag(kind));
+    });
+  } catch (const std::exception&) {
     // A sender that has sent its last microbatch may be gone. Whoever asks for one more is told.
   }
 }

@@ -12,10 +12,10 @@ namespace mimo_ext::comm {
 inline constexpr int kHeaderTag = 0;
 inline constexpr int kPayloadTag = 1;
 inline constexpr int kLaneTag = 2;
-/// Row counts that do not fit into a header. Their receives are posted when the header has come, those of headers by
-/// the caller, who may be microbatches ahead: a tag of their own keeps both in order.
+/// Row counts that do not fit into a header. Their receives are posted when the header has come, those of headers
+/// ahead of it, maybe for several microbatches: a tag of their own keeps both in order.
 inline constexpr int kRowsTag = 3;
-/// The beginning of a payload: its receives are posted by the caller, too.
+/// The beginning of a payload: its receives are posted together with those of headers.
 inline constexpr int kEagerTag = 4;
 inline constexpr int kNumTags = 5;
 /// After those of both directions.

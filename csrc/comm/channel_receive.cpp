@@ -37,11 +37,7 @@ std::unique_ptr<Channel::ReceiveJob> Channel::post_receive(Expected expected) {
       job->times.started = job->times.posted;
       post_payload(*job, *config_.fixed, {});
     } else {
-      const std::lock_guard lock(ahead_mutex_);
-      post_next(job->sequence);
-      std::swap(job->headers, next_headers_);
-      ++headers_expected_;
-      job->eager.resize(header_senders_.size());
+      expect_next(*job);
     }
   } catch (const BridgeError&) {
     flight_.retire(job->flight, true, Times::now());
@@ -214,13 +210,15 @@ void Channel::receive(ReceiveJob& job, const std::function<void()>& caller) {
   if (!job.incoming) {
     receive_headers(job, poll);
     without_gradient = agree(job);
-    announce_next(job.sequence + 1);
   }
   if (groups_) {
     receive_in_rounds(job, poll);
   } else if (job.incoming) {
     receive_payload(job, poll);
   }
+  // Not before everything is here: a sender that has closed its end of a connection would answer by resetting it, and
+  // what is still on its way would be lost.
+  announce_next();
   if (!job.incoming) return deliver(job, {}, without_gradient);  // no sender has one
   deliver(job, job.incoming->result, job.program->microbatch);
 }

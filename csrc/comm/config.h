@@ -32,7 +32,7 @@ struct BridgeConfig {
   at::ScalarType dtype = at::kFloat;
   std::optional<core::Microbatch> fixed;  ///< static shapes: every microbatch is this one, and no headers are sent
   std::chrono::milliseconds timeout{600000};
-  int max_in_flight = 32;  ///< microbatches sent and not yet received, per direction; a further send waits
+  int max_in_flight = 32;  ///< microbatches sent that have not arrived, per direction; a further send waits
   core::PlanOptions plan_options;
   bool unpaired_backward = false;  ///< gradients may travel before (or without) the forward microbatch they belong to
   int tag_offset = 0;              ///< first of the 16 tags of this bridge in its process groups

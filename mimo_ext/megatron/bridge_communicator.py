@@ -52,7 +52,7 @@ class BridgeCommunicator(_MegatronBridge):
             `Bridge`.
         device: where received tensors live; default the current CUDA device if the default group is NCCL's, else the
             CPU.
-        max_in_flight: microbatches per direction that are sent but not yet received; a further send waits.
+        max_in_flight: microbatches per direction that are sent but have not arrived; a further send waits.
         path, links, transport: as of `Bridge`: how the replicas of a lane come by their copies, and what carries them.
         setup: as of `Bridge`: set it up together with others.
 

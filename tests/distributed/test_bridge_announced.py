@@ -141,3 +141,33 @@ def last_one_then_gone(rank: int, world_size: int) -> None:
 
 def test_a_sender_may_be_gone_after_its_last_microbatch() -> None:
     launch(last_one_then_gone, 2)
+
+
+def one_more_than_is_received(rank: int, world_size: int, rows: int) -> str:
+    """What the sender is told."""
+    bridge = mimo_ext.Bridge(mimo_ext.Layout([0]), mimo_ext.Layout([1]), ndim=2, timeout=timedelta(seconds=2))
+    x = torch.ones(rows, 256)
+    told = ""
+    with torch.no_grad():
+        if rank == 0:
+            bridge.send_forward(x)
+            bridge.send_forward(2 * x)
+            try:
+                bridge.close()
+            except mimo_ext.BridgeError as error:
+                told = str(error)
+            tell("closed")
+        else:
+            assert torch.equal(bridge.recv_forward(), x)
+            hear("closed")
+            bridge.close()
+    return told
+
+
+@pytest.mark.parametrize("rows", [SMALL, EAGER, LARGE])
+def test_a_send_that_nobody_asks_for_is_noticed_where_it_is_larger_than_what_travels_unasked(rows: int) -> None:
+    told, _ = launch(one_more_than_is_received, 2, rows)
+    if rows == LARGE:
+        assert "send_forward of microbatch 1: message to rank 1: nothing within 2 s" in told
+    else:
+        assert told == ""

@@ -12,7 +12,9 @@
 //   and returns; it waits only while `in_flight` earlier microbatches of its channel have not ended. With static shapes
 //   a post posts the receives of the payload and of the lane's copies, else those of the headers. A header's message
 //   may hold a small payload; the beginning of a larger one may follow it unasked, for which each sender has a receive
-//   posted ahead: one for every microbatch whose headers have not come.
+//   posted ahead: one for every microbatch whose headers have not come. (In csrc/comm a receive that ends posts those
+//   of the next microbatch's headers, and of what may follow them, before the caller does. Here it does not: the
+//   network is less helpful yet, and who ends here ends there.)
 // * Every channel (a direction of a bridge on a rank) has a worker that ends its sends in order, and one that carries
 //   out its receives, one microbatch after the other: what this rank sends to itself, headers, then the payload stage
 //   by stage; each stage that has come is forwarded to the replicas; then the lane's copies, in order; and at last the
