@@ -76,6 +76,11 @@ class Channel {
   bool wait_for_room(std::chrono::milliseconds limit);
   /// What has been sent is looked after now: somebody waits for it.
   void hurry_sends();
+  /// Every receiver of this send is known to have it: what it holds is let go of here and now, without a worker.
+  void end_answered(std::int64_t sequence);
+  /// Does whoever is sent a part of `program`'s microbatch send something back, in the direction of `back`? Then this
+  /// many bytes, else -1.
+  std::int64_t answer_bytes(const SendProgram& program, Channel& back) const;
 
   struct Expected {
     /// Backward: what the forward microbatch was; null: no forward microbatch has been sent yet (or this is forward).
@@ -348,6 +353,7 @@ class Channel {
   Waiter send_waiter_;
   std::unique_ptr<Worker> receive_worker_;
   std::unique_ptr<Worker> send_worker_;
+  std::atomic<std::int64_t> sends_ended_{0};
   std::unique_ptr<Worker> stage_worker_;
 };
 

@@ -197,6 +197,24 @@ void Channel::hurry_sends() {
   if (send_worker_) send_worker_->hurry();
 }
 
+void Channel::end_answered(std::int64_t sequence) {
+  if (staging_ || groups_) return;  // their sends are other workers' as well
+  send_worker_->help([&] { return sends_ended_ == sequence; });
+}
+
+std::int64_t Channel::answer_bytes(const SendProgram& program, Channel& back) const {
+  const auto answers = back.receive_program(*program.microbatch);
+  const auto answered = [&](int rank) {
+    return std::any_of(answers->receives.begin(), answers->receives.end(),
+                       [&](const Transfer& transfer) { return !transfer.local && transfer.peer == rank; });
+  };
+  const bool all = std::all_of(program.transfers.begin(), program.transfers.end(),
+                               [&](const Transfer& transfer) { return transfer.local || answered(transfer.peer); });
+  const bool headers = config_.fixed || std::all_of(header_receivers_.begin(), header_receivers_.end(),
+                                                    [&](const HeaderPeer& peer) { return answered(peer.rank); });
+  return all && headers ? answers->bytes_received : -1;
+}
+
 bool Channel::wait_for_room(std::chrono::milliseconds limit) {
   std::unique_lock lock(room_mutex_);
   room_changed_.wait_for(lock, limit, [this] { return in_flight_ < config_.max_in_flight || failure_.failed(); });
@@ -256,6 +274,7 @@ void Channel::run_send(std::unique_ptr<SendJob> job) {
     }
   }
   if (!failed) send_jobs_.give(std::move(job));
+  ++sends_ended_;
   {
     const std::lock_guard lock(room_mutex_);
     --in_flight_;

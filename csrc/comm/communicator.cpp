@@ -129,12 +129,16 @@ std::shared_ptr<Delivery> Communicator::send_forward(const at::Tensor& x,
     }
     wait_for_room(*forward_, true, kOperation);
     const bool expects_backward = c10::GradMode::is_enabled();
+    if (expects_backward && !program->answer_bytes) {
+      program->answer_bytes = config_.unpaired_backward ? -1 : forward_->answer_bytes(*program, *backward_);
+    }
+    const std::int64_t answer_bytes = program->answer_bytes.value_or(-1);
     last_ = program->microbatch;
     auto delivery = forward_->send(std::move(program), x, expects_backward, 0, want_delivery);
     if (expects_backward && unpaired_receives_ > 0) {
       --unpaired_receives_;
     } else if (expects_backward) {
-      sent_.push_back({num_sent_, last_});
+      sent_.push_back({num_sent_, last_, answer_bytes});
     }
     ++num_sent_;
     return delivery;
@@ -284,9 +288,13 @@ at::Tensor Communicator::recv_backward() {
   const Telling telling(*this);
   auto expected = expected_backward();
   const std::int64_t began = Times::now();
+  const Sent sent = sent_.empty() ? Sent{} : sent_.front();
   auto delivery =
       backward_->recv_now(std::move(expected), interrupt_check_, [this](const auto&) { note_backward_posted(); });
-  return finish(*delivery, began);
+  at::Tensor gradient = finish(*delivery, began);
+  // Who sends a gradient has received its microbatch.
+  if (gradient.defined() && delivery->bytes() == sent.answer_bytes) forward_->end_answered(sent.sequence);
+  return gradient;
 }
 
 at::Tensor Communicator::finish(Delivery& delivery, std::int64_t began) {

@@ -138,6 +138,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   struct Sent {
     std::int64_t sequence = 0;  ///< forward microbatches are counted on both sides
     Known microbatch;
+    std::int64_t answer_bytes = -1;  ///< see SendProgram
   };
   struct Received {
     std::int64_t sequence = 0;

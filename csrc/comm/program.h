@@ -11,6 +11,7 @@
 #include <array>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "comm/config.h"
@@ -114,6 +115,9 @@ class SendProgram : public SendOrder {
   const std::int64_t bytes;                            ///< sent to others
   const std::vector<std::vector<std::size_t>> rounds;  ///< where messages go in groups
   Pool<Slots> pool;
+  /// Bytes of the gradient that answers an activation: when so many have come, everything that was sent has been
+  /// received. -1: the gradient does not tell. Only the caller's thread looks at it.
+  std::optional<std::int64_t> answer_bytes;
 };
 
 class ReceiveProgram : public ReceiveOrder {

@@ -26,6 +26,17 @@ void Worker::submit(std::function<void()> task, When when) {
   }
 }
 
+void Worker::run_first(std::unique_lock<std::mutex>& lock) {
+  auto task = std::move(tasks_.front());
+  tasks_.pop_front();
+  running_ = true;
+  lock.unlock();
+  task();
+  task = nullptr;  // what the task holds is released before the next wait
+  lock.lock();
+  running_ = false;
+}
+
 void Worker::hurry() {
   const std::lock_guard lock(mutex_);
   if (tasks_.empty() || urgent_) return;
@@ -74,13 +85,14 @@ void Worker::run() {
       watch_();
       lock.lock();
     }
-    while (!tasks_.empty()) {
-      auto task = std::move(tasks_.front());
-      tasks_.pop_front();
-      lock.unlock();
-      task();
-      task = nullptr;  // what the task holds is released before the next wait
-      lock.lock();
+    while (!tasks_.empty() || running_) {
+      if (running_) {
+        awaited_ = true;
+        changed_.wait(lock, [this] { return !running_; });
+        awaited_ = false;
+      } else {
+        run_first(lock);
+      }
     }
     urgent_ = false;
     if (closed_) {

@@ -39,6 +39,17 @@ class Worker {
   void submit(std::function<void()> task, When when);
   /// What is queued runs now.
   void hurry();
+  /// Runs the first task that is queued in the calling thread, unless one is running or `wanted()` is false (it is
+  /// asked under the lock, while no task runs). For tasks that are known to end at once: that of another thread costs
+  /// more.
+  template <typename Wanted>
+  bool help(const Wanted& wanted) {
+    std::unique_lock lock(mutex_);
+    if (running_ || closed_ || tasks_.empty() || !wanted()) return false;
+    run_first(lock);
+    if (awaited_) changed_.notify_all();
+    return true;
+  }
   void watching(bool on);
   /// Runs what is queued, then joins. Later tasks are refused.
   void close();
@@ -47,6 +58,8 @@ class Worker {
 
  private:
   void run();
+  /// Runs the first task without the lock.
+  void run_first(std::unique_lock<std::mutex>& lock);
   /// Starts or wakes the thread unless it looks around by itself. Under the lock.
   void rouse();
 
@@ -55,6 +68,8 @@ class Worker {
   std::mutex mutex_;
   std::condition_variable changed_;
   Fifo<std::function<void()>> tasks_;
+  bool running_ = false;  ///< a task, in whatever thread
+  bool awaited_ = false;  ///< the thread waits for a helper's
   bool urgent_ = false;
   bool watching_ = false;
   bool asleep_ = false;
