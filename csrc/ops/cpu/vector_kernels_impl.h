@@ -35,6 +35,26 @@ using Half = typename VectorOf<T>::Half;
 
 #define MIMO_EXT_INLINE MIMO_EXT_TARGET inline __attribute__((always_inline))
 
+#ifdef MIMO_EXT_AVX
+constexpr int64_t kLine = 64;           // of the caches
+constexpr uintptr_t kReadOn = 4 << 10;  // bytes; farther ahead than the processor fetches by itself
+
+/// Of elements or bytes of `size` bytes, those before the first that begins a line; -1 where none does.
+inline int64_t before_line(const void* data, size_t size) {
+  const size_t past = reinterpret_cast<uintptr_t>(data) % kLine;
+  if (past % size != 0) return -1;
+  return static_cast<int64_t>((kLine - past) % kLine / size);
+}
+
+/// Lines at `at`, which may be any address, into the second level of the caches.
+template <int64_t kBytes>
+MIMO_EXT_INLINE void fetch(uintptr_t at) {
+  for (uintptr_t part = 0; part < kBytes; part += kLine) {
+    _mm_prefetch(reinterpret_cast<const char*>(at + part), _MM_HINT_T1);
+  }
+}
+#endif
+
 template <typename V>
 MIMO_EXT_INLINE void load(V& vector, const void* from) {
   std::memcpy(&vector, from, sizeof vector);
@@ -114,22 +134,40 @@ struct Float16 {
   using Wide = float;
   using Stored = uint16_t;
 #ifdef MIMO_EXT_AVX
+  // In one piece: parts that are put together in memory are not forwarded to a wider load.
+#if MIMO_EXT_WIDTH == 16
+  static constexpr __mmask16 kAll = 0xFFFF;  // without a mask, GCC 12 warns of its own header
+  using Values = __m512;
+  MIMO_EXT_INLINE static void widen(__m512& values, const __m256i& stored) {
+    values = _mm512_maskz_cvtph_ps(kAll, stored);
+  }
+  MIMO_EXT_INLINE static void narrow(__m256i& stored, const __m512& values) {
+    stored = _mm512_maskz_cvtps_ph(kAll, values, _MM_FROUND_TO_NEAREST_INT);
+  }
+  using Narrow = __m256i;
+#else
+  using Values = __m256;
+  MIMO_EXT_INLINE static void widen(__m256& values, const __m128i& stored) { values = _mm256_cvtph_ps(stored); }
+  MIMO_EXT_INLINE static void narrow(__m128i& stored, const __m256& values) {
+    stored = _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT);
+  }
+  using Narrow = __m128i;
+#endif
   MIMO_EXT_INLINE static void load_wide(Vector<float>& wide, const uint16_t* from) {
-    __m256 values[kWidth / 8];
-    for (size_t i = 0; i < kWidth / 8; ++i) {
-      values[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8 * i)));
-    }
+    Narrow stored;
+    load(stored, from);
+    Values values;
+    widen(values, stored);
     reinterpret(wide, values);
   }
   template <bool kPast = false>
   MIMO_EXT_INLINE static void store_wide(uint16_t* to, Vector<float>& wide) {
-    __m256 values[kWidth / 8];
+    Values values;
     reinterpret(values, wide);
-    for (size_t i = 0; i < kWidth / 8; ++i) {
-      const __m128i stored = _mm256_cvtps_ph(values[i], _MM_FROUND_TO_NEAREST_INT);
-      store<kPast>(to + 8 * i, stored);
-      values[i] = _mm256_cvtph_ps(stored);
-    }
+    Narrow stored;
+    narrow(stored, values);
+    store<kPast>(to, stored);
+    widen(values, stored);
     reinterpret(wide, values);
   }
 #else
@@ -205,6 +243,9 @@ MIMO_EXT_INLINE void scale_run(void* data, int64_t count, double factor, Lanes* 
   Half<double> squares[kParts][2] = {};
   if constexpr (kSquares) std::memcpy(&squares, lanes->data(), sizeof squares);
   for (; count >= kStep; count -= kStep, at += kLanes) {
+#ifdef MIMO_EXT_AVX
+    fetch<kStep * sizeof(typename T::Stored)>(reinterpret_cast<uintptr_t>(at) + kReadOn);
+#endif
 #pragma GCC unroll 4
     for (size_t part = 0; part < kParts; ++part) {
       Vector<typename T::Wide> wide;
@@ -277,26 +318,6 @@ MIMO_EXT_TARGET void convert(void* dst, const void* src, int64_t count) {
   convert_vector<Dst, Src, kAdd>(rest_to, rest_from);
   std::memcpy(to + i, rest_to, rest * sizeof rest_to[0]);
 }
-
-#ifdef MIMO_EXT_AVX
-constexpr int64_t kLine = 64;           // of the caches
-constexpr uintptr_t kReadOn = 4 << 10;  // bytes; farther ahead than the processor fetches by itself
-
-/// Of elements or bytes of `size` bytes, those before the first that begins a line; -1 where none does.
-inline int64_t before_line(const void* data, size_t size) {
-  const size_t past = reinterpret_cast<uintptr_t>(data) % kLine;
-  if (past % size != 0) return -1;
-  return static_cast<int64_t>((kLine - past) % kLine / size);
-}
-
-/// Lines at `at`, which may be any address, into the second level of the caches.
-template <int64_t kBytes>
-MIMO_EXT_INLINE void fetch(uintptr_t at) {
-  for (uintptr_t part = 0; part < kBytes; part += kLine) {
-    _mm_prefetch(reinterpret_cast<const char*>(at + part), _MM_HINT_T1);
-  }
-}
-#endif
 
 template <typename Dst, typename Src, bool kAdd>
 MIMO_EXT_TARGET void convert_large(void* dst, const void* src, int64_t count, const void* next) {
