@@ -46,7 +46,7 @@ help:
 	@echo "make fuzz      headers, plans and row shards of any numbers, millions of them (needs clang with libFuzzer)"
 	@echo "make bench     the bridge against Megatron's own, on an emulated cluster (needs root): benchmarks/README.md"
 	@echo "make bench-telemetry     what telemetry costs, against a build that has none"
-	@echo "make figures   the README's figures and picture, made of benchmarks/results"
+	@echo "make figures   the figures, tables and picture of README and docs, made of benchmarks/results"
 	@echo "make build     set up and install the extension into $(VENV)"
 	@echo "make lint      formatting, lint and types; make format mends the formatting"
 	@echo "make clean     removes $(VENV) and build/"
@@ -169,6 +169,8 @@ bench-telemetry: $(VENV)/.example $(VENV)/.built
 .PHONY: figures
 figures: $(VENV)/.example $(VENV)/.built
 	$(PY) -P scripts/figures.py --write
+	$(PY) -W ignore benchmarks/bench_plan.py --from benchmarks/results/plan_details.json \
+		--measured benchmarks/results/bridge.json --tables docs/scale.md
 
 # --- Tests. -P keeps the source folder off the path: what is tested is the installed package.
 
