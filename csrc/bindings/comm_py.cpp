@@ -81,7 +81,7 @@ py::dict counters_of(Communicator& communicator, bool forward) {
   py::dict found;
   found["sends"] = counters->sends.load();
   found["receives"] = counters->receives.load();
-  found["bytes_sent"] = counters->bytes_sent.load();
+  found["bytes_sent"] = counters->bytes_sent.load() + counters->bytes_forwarded.load();
   found["bytes_received"] = counters->bytes_received.load();
   found["transfer_s"] = static_cast<double>(counters->transfer_ns.load()) / kSecond;
   found["exposed_s"] = static_cast<double>(counters->exposed_ns.load()) / kSecond;

@@ -299,7 +299,7 @@ void Channel::deliver(ReceiveJob& job, at::Tensor tensor, std::shared_ptr<const 
     };
     const bool all = job.incoming->without_gradient.empty();
     bytes = all ? program.bytes_received : volume(program.receives) + volume(program.lane_receives);
-    counters_.bytes_sent.add(all ? program.bytes_forwarded : volume(program.lane_sends));
+    counters_.bytes_forwarded.add(all ? program.bytes_forwarded : volume(program.lane_sends));
   }
   flight_.retire(job.flight, false, job.times.ended);
   counters_.receives.add(1);

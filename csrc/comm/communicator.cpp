@@ -4,6 +4,7 @@
 #include <ATen/Functions.h>
 #include <c10/core/GradMode.h>
 
+#include <algorithm>
 #include <array>
 #include <exception>
 #include <sstream>
@@ -309,17 +310,20 @@ at::Tensor Communicator::finish(Delivery& delivery, std::int64_t began) {
   } else if (forward_ && !delivery.done()) {
     (delivery.is_forward() ? *forward_ : *backward_).take_over(delivery, interrupt_check_);
   }
+  const bool waits = !delivery.done();
   while (!delivery.wait_for(kInterruptPeriod)) {
     if (interrupt_check_) interrupt_check_();
     if (config_.carrier == Carrier::kGroups) failure_.check();  // what is deferred may never end
     if (!delivery.is_send() && forward_) (delivery.is_forward() ? *forward_ : *backward_).nudge_receives();
   }
   delivery.check();
-  if (const auto copy = delivery.copy()) order_after(*copy, delivery);
+  const auto copy = delivery.copy();
+  if (copy) order_after(*copy, delivery);
   at::Tensor tensor = delivery.take();
   if (delivery.is_send() || !kTelemetry) return tensor;
-  const std::int64_t ended = Times::now();
-  counters(delivery.is_forward()).exposed_ns.add(ended - began);
+  // Where the receive ended in this thread, it has looked at the clock already.
+  const std::int64_t ended = waits || copy || trace_.on() ? Times::now() : delivery.times().ended;
+  counters(delivery.is_forward()).exposed_ns.add_shared(std::max<std::int64_t>(0, ended - began));
   if (trace_.on()) {
     trace_.add({false, delivery.is_forward(), delivery.sequence(), delivery.bytes(), delivery.times(), began, ended});
   }

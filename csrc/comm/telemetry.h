@@ -28,10 +28,15 @@ namespace mimo_ext::comm {
 
 inline constexpr bool kTelemetry = MIMO_EXT_TELEMETRY != 0;
 
-/// Any thread may add, and read while others add.
+/// Any thread may read while others add.
 class Count {
  public:
+  /// By one thread at a time: an addition that shuts out others costs several times as much.
   void add(std::int64_t amount) {
+    if constexpr (kTelemetry) value_.store(load() + amount, std::memory_order_relaxed);
+  }
+  /// By any threads.
+  void add_shared(std::int64_t amount) {
     if constexpr (kTelemetry) value_.fetch_add(amount, std::memory_order_relaxed);
   }
   std::int64_t load() const { return value_.load(std::memory_order_relaxed); }
@@ -40,14 +45,15 @@ class Count {
   std::atomic<std::int64_t> value_{0};
 };
 
-/// Of one direction.
+/// Of one direction. Sends are counted by the caller that sends, receives by whoever has the turn to carry one out.
 struct Counters {
   Count sends;
   Count receives;
-  Count bytes_sent;      ///< payload, with what is forwarded to the lane
-  Count bytes_received;  ///< payload, from others
-  Count transfer_ns;     ///< of receives, from their start to their end
-  Count exposed_ns;      ///< for which callers waited for receives
+  Count bytes_sent;       ///< payload
+  Count bytes_forwarded;  ///< of what was received, to the lane
+  Count bytes_received;   ///< payload, from others
+  Count transfer_ns;      ///< of receives, from their start to their end
+  Count exposed_ns;       ///< for which callers waited for receives; shared
 };
 
 /// One operation as its rank saw it: nanoseconds of std::chrono::steady_clock (CLOCK_MONOTONIC, one for all processes
