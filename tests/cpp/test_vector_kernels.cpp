@@ -216,9 +216,10 @@ TEST_P(EveryLevel, LargeConversionsAndSumsGiveTheSameBytesWhateverTheAlignment) 
   const VectorKernels& kernels = *GetParam();
   for (const Number dst : kAll) {
     for (const Number src : kAll) {
-      const Bytes from = sample(src, 400, 3);
-      const Bytes before = sample(dst, 500, 4);
-      for (const size_t count : {0U, 1U, 31U, 64U, 95U, 127U, 400U}) {
+      const Bytes from = sample(src, 2500, 3);
+      const Bytes before = sample(dst, 2600, 4);
+      // The longest fetch within themselves first, and then what comes next.
+      for (const size_t count : {0U, 1U, 31U, 64U, 95U, 127U, 400U, 1800U, 2500U}) {
         for (const size_t shift : {0U, 1U, 2U, 8U, 14U, 16U, 31U, 32U, 62U}) {
           const auto n = static_cast<int64_t>(count);
           const size_t at = kBefore + shift;
@@ -239,14 +240,14 @@ TEST_P(EveryLevel, LargeConversionsAndSumsGiveTheSameBytesWhateverTheAlignment) 
 }
 
 TEST_P(EveryLevel, CopiesPastTheCachesWhateverTheAlignment) {
-  std::vector<unsigned char> from(1000);
+  std::vector<unsigned char> from(9000);
   for (size_t i = 0; i < from.size(); ++i) from[i] = static_cast<unsigned char>(i * 7 + 1);
-  for (const size_t bytes : {0U, 1U, 31U, 127U, 128U, 161U, 900U}) {
+  for (const size_t bytes : {0U, 1U, 31U, 127U, 128U, 161U, 900U, 4097U, 8800U}) {
     for (size_t shift = 0; shift < 66; ++shift) {
-      std::vector<unsigned char> to(1000, 0);
+      std::vector<unsigned char> to(9000, 0);
       GetParam()->stream(to.data() + shift, from.data() + 65 - shift, static_cast<int64_t>(bytes), nullptr);
       GetParam()->finish_streams();
-      std::vector<unsigned char> expected(1000, 0);
+      std::vector<unsigned char> expected(9000, 0);
       std::memcpy(expected.data() + shift, from.data() + 65 - shift, bytes);
       ASSERT_EQ(to, expected) << bytes << " at " << shift;
     }
@@ -258,7 +259,7 @@ TEST_P(EveryLevel, RoundsEveryFloat32ThatIsNearAFloat16OrBFloat16) {
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
     for (const float exact : {widen(Float16{static_cast<uint16_t>(bits)}), float_of(bits << 16U)}) {
       const uint32_t wide = bits_of(exact);
-      for (const uint32_t step : {0U, 1U, 0x0FFFU, 0x1000U, 0x1001U, 0x7FFFU, 0x8000U, 0x8001U}) {
+      for (const uint32_t step : {0U, 1U, 0x0FFFU, 0x1000U, 0x1001U, 0x7FFFU, 0x8000U, 0x8001U, 0xFFFFU}) {
         values.push_back(float_of(wide + step));
       }
     }

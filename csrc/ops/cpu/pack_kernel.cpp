@@ -111,10 +111,6 @@ using Tile = std::array<std::byte, kTile * sizeof(double)>;
 // Where more than this moves, in bytes of the buffer, runs that are long enough go past the caches.
 constexpr int64_t kLarge = int64_t{8} << 20;
 constexpr int64_t kLargeRun = 1024;
-// How far ahead of its reads a large move fetches, in bytes; of longer runs it is the next run that is fetched, up to
-// a length of which the caches' second level holds two. What is read in one piece the processor fetches best by itself.
-constexpr int64_t kAhead = 8 << 10;
-constexpr int64_t kLongRun = 128 << 10;
 
 bool is_large(const at::Tensor& buffer) {
   return static_cast<int64_t>(buffer.nbytes()) >= kLarge;
@@ -126,9 +122,10 @@ template <typename Byte, typename Run>
 void for_each_large_run(const Strided& region, Byte* boxes, int64_t itemsize, Run&& run) {
   const int64_t n = region.sizes.back();
   const int64_t bytes = n * itemsize;
-  for_each_row(region, std::max(int64_t{1}, kAhead / bytes), [&](int64_t offset, int64_t later) {
+  const int64_t ahead = (cpu::kFetchAhead + bytes - 1) / bytes;
+  for_each_row(region, ahead, [&](int64_t offset, int64_t later) {
     Byte* box = boxes + offset * itemsize;
-    run(box, bytes < kLongRun ? boxes + later * itemsize : box, n);
+    run(box, boxes + later * itemsize, n);
   });
 }
 
@@ -168,7 +165,7 @@ void move_box(const Strided& region, int64_t count, std::byte* boxes, std::byte*
       if (to_buffer) {
         stream(piece, box, n * itemsize, next);
       } else {
-        stream(box, piece, n * itemsize, piece);
+        stream(box, piece, n * itemsize, nullptr);
       }
       piece += n * itemsize;
     });
@@ -234,7 +231,7 @@ void convert_to_boxes(const at::Tensor& out, const std::byte* from, size_t from_
     const int64_t step = region.strides.back() * itemsize;
     if (large && has_large_runs(region, itemsize)) {
       for_each_large_run(region, to, itemsize, [&](std::byte* run, const std::byte* next, int64_t n) {
-        convert_large(run, piece, n, add ? next : piece);
+        convert_large(run, piece, n, add ? next : piece + n * from_size);
         piece += n * from_size;
       });
       return;

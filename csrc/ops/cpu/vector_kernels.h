@@ -30,11 +30,16 @@ using ScaleSquares = void (*)(void* data, int64_t count, double factor, Lanes& s
 /// with one rounding; float64 where dst has that type; a float64 src is rounded to float32 first, otherwise.
 using Convert = void (*)(void* dst, const void* src, int64_t count);
 
+/// Bytes by which large moves fetch ahead of their reads. Not a whole page: the same lines of a cache would have to
+/// hold what is read now and what is read then.
+inline constexpr int64_t kFetchAhead = 7 << 9;
+
 /// Copies `bytes` bytes past the caches: faster than memcpy where more is written than they hold. What was written is
 /// ordered with later stores, and so with other threads, by one call of `finish_streams`.
-/// next: where a later call will read, or `src`; never read here. Byte i of it is fetched into the second level of the
-/// caches along with byte i of `src`: left to itself the processor begins anew at every run of a tensor, and the first
-/// level has too few lines under way to make up for it.
+/// next: what is read when `src` has been, or, where `src` is shorter than kFetchAhead, as many bytes later; any
+/// address, for it is not read here. Its beginning is fetched along with the end of `src`: left to itself the processor
+/// begins anew at every run of a tensor, having fetched in vain what follows the last one. nullptr: `src` is one of
+/// many pieces of contiguous memory, and nothing need be fetched.
 using Stream = void (*)(void* dst, const void* src, int64_t bytes, const void* next);
 /// Convert for more than the caches hold: it writes past them, as Stream does; a sum does not, since it has read dst.
 /// next: as in Stream; of a sum, where a later call will have its dst. A sum's later calls read on after `src`.

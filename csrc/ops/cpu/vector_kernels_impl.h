@@ -38,6 +38,9 @@ using Half = typename VectorOf<T>::Half;
 #ifdef MIMO_EXT_AVX
 constexpr int64_t kLine = 64;           // of the caches
 constexpr uintptr_t kReadOn = 4 << 10;  // bytes; farther ahead than the processor fetches by itself
+// Bytes that large moves fetch at once, and then read. With less, or with much more, memory changes between reads and
+// writes at a pace that costs up to a tenth.
+constexpr int64_t kFetchStep = 256;
 
 /// Of elements or bytes of `size` bytes, those before the first that begins a line; -1 where none does.
 inline int64_t before_line(const void* data, size_t size) {
@@ -53,6 +56,28 @@ MIMO_EXT_INLINE void fetch(uintptr_t at) {
     _mm_prefetch(reinterpret_cast<const char*>(at + part), _MM_HINT_T1);
   }
 }
+
+/// Lines that are read once, into the first level of the caches, and on their way out of it into none.
+template <int64_t kBytes>
+MIMO_EXT_INLINE void fetch_once(uintptr_t at) {
+  for (uintptr_t part = 0; part < kBytes; part += kLine) {
+    _mm_prefetch(reinterpret_cast<const char*>(at + part), _MM_HINT_NTA);
+  }
+}
+
+/// Where a run of `bytes` bytes, after which `next` is read, has what is read kFetchAhead bytes after its byte i: at
+/// in_run + i before the turn, at in_next + i from there on. A loop for each is faster than one that chooses. Without a
+/// `next` it is byte i itself, and fetching it does nothing.
+struct ReadAhead {
+  ReadAhead(const void* run, int64_t bytes, const void* next)
+      : turn(next == nullptr ? bytes : std::max(int64_t{0}, bytes - kFetchAhead)),
+        in_run(reinterpret_cast<uintptr_t>(run) + (next == nullptr ? 0 : kFetchAhead)),
+        in_next(reinterpret_cast<uintptr_t>(next) - static_cast<uintptr_t>(turn)) {}
+
+  int64_t turn;
+  uintptr_t in_run;
+  uintptr_t in_next;
+};
 #endif
 
 template <typename V>
@@ -128,6 +153,70 @@ struct BFloat16 {
     reinterpret(wide, back);
     store<kPast>(to, __builtin_convertvector(rounded, Vector<uint16_t>));
   }
+#ifdef MIMO_EXT_AVX
+  /// Two vectors, which keep their values. Taken apart into the upper and the lower halves of all bits, they are
+  /// rounded in half as many steps.
+  template <bool kPast>
+  MIMO_EXT_INLINE static void store_pair(uint16_t* to, const Vector<float> (&wide)[2]) {
+    Bits bits[2];
+    for (size_t i = 0; i < 2; ++i) {
+      Vector<uint32_t> number;
+      reinterpret(number, wide[i]);
+      const Vector<uint32_t> quiet_nan = number - number + 0x7FC00000U;
+      const Vector<uint32_t> chosen = wide[i] == wide[i] ? number : quiet_nan;
+      reinterpret(bits[i], chosen);
+    }
+    Bits upper;
+    Bits lower;
+    take_apart(upper, lower, bits);
+    Pair kept;
+    reinterpret(kept, upper);
+    // lower + 0x7FFF + the last bit kept, halved: its first bit is what the sum carries.
+    const Pair added = (kept & 1U) | 0x7FFEU;
+    Bits half;
+    reinterpret(half, added);
+    half = average(lower, half);
+    Pair carried;
+    reinterpret(carried, half);
+    carried = kept + (carried >> 15U);
+    in_order(carried);
+    store<kPast>(to, carried);
+  }
+
+ private:
+  typedef uint16_t Pair __attribute__((vector_size(2 * kWidth * sizeof(uint16_t))));
+#if MIMO_EXT_WIDTH == 16
+  using Bits = __m512i;
+  MIMO_EXT_INLINE static void take_apart(Bits& upper, Bits& lower, const Bits (&bits)[2]) {
+    Pair second;
+    for (size_t i = 0; i < 2 * kWidth; ++i) second[i] = static_cast<uint16_t>(2 * i);
+    Bits evens;
+    reinterpret(evens, second);
+    second += 1U;
+    Bits odds;
+    reinterpret(odds, second);
+    upper = _mm512_permutex2var_epi16(bits[0], odds, bits[1]);
+    lower = _mm512_permutex2var_epi16(bits[0], evens, bits[1]);
+  }
+  MIMO_EXT_INLINE static Bits average(const Bits& a, const Bits& b) { return _mm512_avg_epu16(a, b); }
+  MIMO_EXT_INLINE static void in_order(Pair&) {}
+#else
+  using Bits = __m256i;
+  /// Within the halves of a register: of the first vector, of the second, of the first, of the second.
+  MIMO_EXT_INLINE static void take_apart(Bits& upper, Bits& lower, const Bits (&bits)[2]) {
+    const Bits mask = _mm256_set1_epi32(0xFFFF);
+    upper = _mm256_packus_epi32(_mm256_srli_epi32(bits[0], 16), _mm256_srli_epi32(bits[1], 16));
+    lower = _mm256_packus_epi32(_mm256_and_si256(bits[0], mask), _mm256_and_si256(bits[1], mask));
+  }
+  MIMO_EXT_INLINE static Bits average(const Bits& a, const Bits& b) { return _mm256_avg_epu16(a, b); }
+  MIMO_EXT_INLINE static void in_order(Pair& pair) {
+    Bits bits;
+    reinterpret(bits, pair);
+    bits = _mm256_permute4x64_epi64(bits, 0xD8);
+    reinterpret(pair, bits);
+  }
+#endif
+#endif
 };
 
 struct Float16 {
@@ -288,17 +377,39 @@ MIMO_EXT_TARGET void scale_squares(void* data, int64_t count, double factor, Lan
   scale_run<T, true>(data, count, factor, &squares);
 }
 
-template <typename Dst, typename Src, bool kAdd, bool kPast = false>
-MIMO_EXT_INLINE void convert_vector(typename Dst::Stored* to, const typename Src::Stored* from) {
+/// A vector of what is to be stored at `to`.
+template <typename Dst, typename Src, bool kAdd>
+MIMO_EXT_INLINE void load_converted(Vector<typename Dst::Wide>& wide, const typename Dst::Stored* to,
+                                    const typename Src::Stored* from) {
   Vector<typename Src::Wide> loaded;
   Src::load_wide(loaded, from);
-  Vector<typename Dst::Wide> wide = __builtin_convertvector(loaded, Vector<typename Dst::Wide>);
+  wide = __builtin_convertvector(loaded, Vector<typename Dst::Wide>);
   if constexpr (kAdd) {
     Vector<typename Dst::Wide> before;
     Dst::load_wide(before, to);
     wide = before + wide;
   }
+}
+
+template <typename Dst, typename Src, bool kAdd, bool kPast = false>
+MIMO_EXT_INLINE void convert_vector(typename Dst::Stored* to, const typename Src::Stored* from) {
+  Vector<typename Dst::Wide> wide;
+  load_converted<Dst, Src, kAdd>(wide, to, from);
   Dst::template store_wide<kPast>(to, wide);
+}
+
+/// Two vectors.
+template <typename Dst, typename Src, bool kAdd, bool kPast = false>
+MIMO_EXT_INLINE void convert_pair(typename Dst::Stored* to, const typename Src::Stored* from) {
+#ifdef MIMO_EXT_AVX
+  if constexpr (std::is_same_v<Dst, BFloat16>) {
+    Vector<float> wide[2];
+    for (size_t i = 0; i < 2; ++i) load_converted<Dst, Src, kAdd>(wide[i], to + i * kWidth, from + i * kWidth);
+    return Dst::template store_pair<kPast>(to, wide);
+  }
+#endif
+  convert_vector<Dst, Src, kAdd, kPast>(to, from);
+  convert_vector<Dst, Src, kAdd, kPast>(to + kWidth, from + kWidth);
 }
 
 template <typename Dst, typename Src, bool kAdd>
@@ -306,9 +417,9 @@ MIMO_EXT_TARGET void convert(void* dst, const void* src, int64_t count) {
   auto* to = static_cast<typename Dst::Stored*>(dst);
   const auto* from = static_cast<const typename Src::Stored*>(src);
   int64_t i = 0;
-  for (; i + static_cast<int64_t>(kWidth) <= count; i += static_cast<int64_t>(kWidth)) {
-    convert_vector<Dst, Src, kAdd>(to + i, from + i);
-  }
+  constexpr auto kVector = static_cast<int64_t>(kWidth);
+  for (; i + 2 * kVector <= count; i += 2 * kVector) convert_pair<Dst, Src, kAdd>(to + i, from + i);
+  for (; i + kVector <= count; i += kVector) convert_vector<Dst, Src, kAdd>(to + i, from + i);
   if (i == count) return;
   const auto rest = static_cast<size_t>(count - i);
   typename Dst::Stored rest_to[kWidth] = {};
@@ -319,54 +430,79 @@ MIMO_EXT_TARGET void convert(void* dst, const void* src, int64_t count) {
   std::memcpy(to + i, rest_to, rest * sizeof rest_to[0]);
 }
 
+#ifdef MIMO_EXT_AVX
+/// The whole steps of kStep elements of [i, end) of a large conversion; returns where the rest begins. Dst is written
+/// past the caches, but for sums. ahead: of ReadAhead.
+template <typename Dst, typename Src, bool kAdd, int64_t kStep>
+MIMO_EXT_INLINE int64_t convert_steps(typename Dst::Stored* to, const typename Src::Stored* from, int64_t i,
+                                      int64_t end, uintptr_t ahead) {
+  constexpr int64_t kPair = 2 * kWidth;
+  constexpr int64_t kFrom = sizeof(typename Src::Stored);
+  constexpr int64_t kRead = kAdd ? sizeof(typename Dst::Stored) : kFrom;
+  for (; i + kStep <= end; i += kStep) {
+    fetch_once<kStep * kRead>(ahead + static_cast<uintptr_t>(i * kRead));
+    if constexpr (kAdd) fetch_once<kStep * kFrom>(reinterpret_cast<uintptr_t>(from + i) + kFetchAhead);
+#pragma GCC unroll 8
+    for (int64_t part = i; part < i + kStep; part += kPair) {
+      convert_pair<Dst, Src, kAdd, !kAdd>(to + part, from + part);
+    }
+  }
+  return i;
+}
+#endif
+
 template <typename Dst, typename Src, bool kAdd>
 MIMO_EXT_TARGET void convert_large(void* dst, const void* src, int64_t count, const void* next) {
 #ifdef MIMO_EXT_AVX
   using To = typename Dst::Stored;
   using From = typename Src::Stored;
-  using Next = std::conditional_t<kAdd, To, From>;
-  constexpr int64_t kStep = 64;
+  constexpr int64_t kRead = kAdd ? sizeof(To) : sizeof(From);
   auto* to = static_cast<To*>(dst);
   const auto* from = static_cast<const From*>(src);
-  const auto ahead = reinterpret_cast<uintptr_t>(next);
+  const ReadAhead ahead(kAdd ? dst : src, count * kRead, next);
   int64_t i = 0;
   if constexpr (!kAdd) {
     i = before_line(dst, sizeof(To));
     if (i < 0 || i >= count) return convert<Dst, Src, kAdd>(dst, src, count);
-    convert<Dst, Src, kAdd>(dst, src, i);
+    if (i > 0) convert<Dst, Src, kAdd>(dst, src, i);
   }
-  for (; i + kStep <= count; i += kStep) {
-    const auto at = static_cast<uintptr_t>(i);
-    fetch<kStep * sizeof(Next)>(ahead + at * sizeof(Next));
-    if constexpr (kAdd) fetch<kStep * sizeof(From)>(reinterpret_cast<uintptr_t>(from + i) + kReadOn);
-#pragma GCC unroll 8
-    for (int64_t part = 0; part < kStep; part += static_cast<int64_t>(kWidth)) {
-      convert_vector<Dst, Src, kAdd, !kAdd>(to + i + part, from + i + part);
-    }
-  }
-  convert<Dst, Src, kAdd>(to + i, from + i, count - i);
+  i = convert_steps<Dst, Src, kAdd, kFetchStep / kRead>(to, from, i, ahead.turn / kRead, ahead.in_run);
+  i = convert_steps<Dst, Src, kAdd, kFetchStep / kRead>(to, from, i, count, ahead.in_next);
+  i = convert_steps<Dst, Src, kAdd, 2 * kWidth>(to, from, i, count, ahead.in_next);
+  if (i < count) convert<Dst, Src, kAdd>(to + i, from + i, count - i);
 #else
   static_cast<void>(next);
   convert<Dst, Src, kAdd>(dst, src, count);
 #endif
 }
 
-MIMO_EXT_TARGET void stream(void* dst, const void* src, int64_t bytes, const void* next) {
 #ifdef MIMO_EXT_AVX
+template <int64_t kStep>
+MIMO_EXT_INLINE int64_t stream_steps(unsigned char* to, const unsigned char* from, int64_t i, int64_t end,
+                                     uintptr_t ahead) {
   constexpr int64_t kVector = 32;
-  constexpr int64_t kStep = 4 * kVector;
-  auto* to = static_cast<unsigned char*>(dst);
-  const auto* from = static_cast<const unsigned char*>(src);
-  const auto ahead = reinterpret_cast<uintptr_t>(next);
-  int64_t i = std::min(bytes, before_line(to, 1));
-  std::memcpy(to, from, static_cast<size_t>(i));
-  for (; i + kStep <= bytes; i += kStep) {
-    fetch<kStep>(ahead + static_cast<uintptr_t>(i));
-    for (int64_t part = 0; part < kStep; part += kVector) {
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i + part),
-                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i + part)));
+  for (; i + kStep <= end; i += kStep) {
+    fetch_once<kStep>(ahead + static_cast<uintptr_t>(i));
+#pragma GCC unroll 8
+    for (int64_t part = i; part < i + kStep; part += kVector) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + part),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + part)));
     }
   }
+  return i;
+}
+#endif
+
+MIMO_EXT_TARGET void stream(void* dst, const void* src, int64_t bytes, const void* next) {
+#ifdef MIMO_EXT_AVX
+  auto* to = static_cast<unsigned char*>(dst);
+  const auto* from = static_cast<const unsigned char*>(src);
+  const ReadAhead ahead(src, bytes, next);
+  int64_t i = std::min(bytes, before_line(to, 1));
+  std::memcpy(to, from, static_cast<size_t>(i));
+  i = stream_steps<kFetchStep>(to, from, i, ahead.turn, ahead.in_run);
+  i = stream_steps<kFetchStep>(to, from, i, bytes, ahead.in_next);
+  i = stream_steps<kLine>(to, from, i, bytes, ahead.in_next);
   std::memcpy(to + i, from + i, static_cast<size_t>(bytes - i));
 #else
   static_cast<void>(next);
