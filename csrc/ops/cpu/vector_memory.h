@@ -79,7 +79,7 @@ MIMO_EXT_INLINE void load(V& vector, const void* from) {
   std::memcpy(&vector, from, sizeof vector);
 }
 
-/// kPast: past the caches; `to` is aligned to the vector then, or to 32 bytes.
+/// kPast: past the caches; `to` is aligned to the vector then, or to a line.
 template <bool kPast = false, typename V>
 MIMO_EXT_INLINE void store(void* to, const V& vector) {
 #ifdef MIMO_EXT_AVX
@@ -88,6 +88,13 @@ MIMO_EXT_INLINE void store(void* to, const V& vector) {
     std::memcpy(&part, &vector, sizeof part);
     _mm_stream_si128(static_cast<__m128i*>(to), part);
     return;
+#if MIMO_EXT_WIDTH == 16
+  } else if constexpr (kPast && sizeof vector % kLine == 0) {
+    __m512i parts[sizeof vector / kLine];
+    std::memcpy(&parts, &vector, sizeof parts);
+    for (size_t i = 0; i < sizeof vector / kLine; ++i) _mm512_stream_si512(static_cast<__m512i*>(to) + i, parts[i]);
+    return;
+#endif
   } else if constexpr (kPast) {
     __m256i parts[sizeof vector / 32];
     std::memcpy(&parts, &vector, sizeof parts);
