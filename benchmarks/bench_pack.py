@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LIMIT = 1 / 1.10  # copy's time / ours
-# Every element is written far from the one before: no copy of rows, and no promise.
+# Elements that lie together here lie far apart there: no copy of rows, and no promise.
 NOT_GATED = ("pack-transposed", "unpack-transposed")
 
 

@@ -2,7 +2,6 @@
 
 // Moves elements as bytes, between memory of any steps and any alignment. C++ standard library only.
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -38,36 +37,6 @@ inline void move_run(int64_t itemsize, const std::byte* src, int64_t src_step, s
     default:
       throw std::invalid_argument("expected elements of 1, 2, 4, 8 or 16 bytes, got " + std::to_string(itemsize));
   }
-}
-
-/// A matrix of `rows` x `columns` elements of kBytes bytes, of which the source has its columns together and the
-/// destination its rows, or the other way round: in blocks that stay in the cache. Steps are in bytes.
-template <size_t kBytes>
-void move_matrix(const std::byte* src, int64_t src_row, int64_t src_column, std::byte* dst, int64_t dst_row,
-                 int64_t dst_column, int64_t rows, int64_t columns) {
-  constexpr int64_t kBlock = 64;
-  for (int64_t row = 0; row < rows; row += kBlock) {
-    const int64_t last_row = std::min(rows, row + kBlock);
-    for (int64_t column = 0; column < columns; column += kBlock) {
-      const int64_t last_column = std::min(columns, column + kBlock);
-      for (int64_t r = row; r < last_row; ++r) {
-        for (int64_t c = column; c < last_column; ++c) {
-          std::memcpy(dst + r * dst_row + c * dst_column, src + r * src_row + c * src_column, kBytes);
-        }
-      }
-    }
-  }
-}
-
-/// For elements of `itemsize` bytes (1, 2, 4, 8 or 16).
-inline void move_matrix(int64_t itemsize, const std::byte* src, int64_t src_row, int64_t src_column, std::byte* dst,
-                        int64_t dst_row, int64_t dst_column, int64_t rows, int64_t columns) {
-  const auto move = itemsize == 1   ? move_matrix<1>
-                    : itemsize == 2 ? move_matrix<2>
-                    : itemsize == 4 ? move_matrix<4>
-                    : itemsize == 8 ? move_matrix<8>
-                                    : move_matrix<16>;
-  move(src, src_row, src_column, dst, dst_row, dst_column, rows, columns);
 }
 
 }  // namespace mimo_ext::ops

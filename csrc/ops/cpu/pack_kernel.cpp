@@ -11,6 +11,7 @@
 
 #include "ops/cpu/move.h"
 #include "ops/cpu/numbers.h"
+#include "ops/cpu/transpose.h"
 #include "ops/cpu/vector_kernels.h"
 #include "ops/pack.h"
 #include "ops/strided.h"
@@ -149,11 +150,12 @@ void move_box(const Strided& region, int64_t count, std::byte* boxes, std::byte*
     outer.sizes.back() = 1;
     outer.strides.back() = 1;
     for_each_run(outer, 0, outer.numel(), [&](int64_t offset, int64_t) {
-      std::byte* box = boxes + offset * itemsize;
+      const RowsAt<std::byte> in_box{boxes + offset * itemsize, step};
+      const RowsAt<std::byte> in_piece{piece, columns * itemsize};
       if (to_buffer) {
-        move_matrix(itemsize, box, itemsize, step, piece, columns * itemsize, itemsize, rows, columns);
+        transpose(itemsize, {in_box.data, in_box.step}, in_piece, columns, rows, large);
       } else {
-        move_matrix(itemsize, piece, columns * itemsize, itemsize, box, itemsize, step, rows, columns);
+        transpose(itemsize, {in_piece.data, in_piece.step}, in_box, rows, columns, large);
       }
       piece += rows * columns * itemsize;
     });

@@ -1,0 +1,170 @@
+#pragma once
+
+// Transposes matrices of elements of 1, 2, 4, 8 or 16 bytes, as bytes. C++ standard library only.
+//
+// A tile is a line of each of as many source rows as fill two lines of the destination. Every line of either side is
+// touched once, however far apart rows are; where that is a power of two, they fall into few places of a cache, and
+// what is left for later would be gone. In between a tile lies in the first level of the caches.
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace mimo_ext::ops {
+
+/// Where rows of elements begin, and how many bytes after one another; elements of a row are contiguous.
+template <typename Byte>
+struct RowsAt {
+  Byte* data;
+  int64_t step;
+
+  RowsAt at(int64_t row, int64_t bytes) const { return {data + row * step + bytes, step}; }
+};
+
+/// dst[column][row] = src[row][column].
+template <int64_t kBytes>
+void transpose_elements(RowsAt<const std::byte> src, RowsAt<std::byte> dst, int64_t rows, int64_t columns) {
+  for (int64_t column = 0; column < columns; ++column) {
+    for (int64_t row = 0; row < rows; ++row) {
+      std::memcpy(dst.at(column, row * kBytes).data, src.at(row, column * kBytes).data, kBytes);
+    }
+  }
+}
+
+#if defined(__SSE2__)
+
+/// The first halves of two registers, element by element in turn; or the second halves.
+template <int64_t kBytes>
+inline void interleave(const __m128i& a, const __m128i& b, __m128i& first, __m128i& second) {
+  if constexpr (kBytes == 1) {
+    first = _mm_unpacklo_epi8(a, b);
+    second = _mm_unpackhi_epi8(a, b);
+  } else if constexpr (kBytes == 2) {
+    first = _mm_unpacklo_epi16(a, b);
+    second = _mm_unpackhi_epi16(a, b);
+  } else if constexpr (kBytes == 4) {
+    first = _mm_unpacklo_epi32(a, b);
+    second = _mm_unpackhi_epi32(a, b);
+  } else {
+    first = _mm_unpacklo_epi64(a, b);
+    second = _mm_unpackhi_epi64(a, b);
+  }
+}
+
+/// As many rows as a register has elements, and as many columns.
+template <int64_t kBytes>
+__attribute__((always_inline)) inline void transpose_block(RowsAt<const std::byte> src, RowsAt<std::byte> dst) {
+  constexpr int64_t kSide = 16 / kBytes;
+  __m128i block[kSide];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kSide; ++i) block[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src.at(i, 0).data));
+  // Each round takes a bit of an element's row into its column, and one of its column into its row.
+#pragma GCC unroll 4
+  for (int64_t round = 1; round < kSide; round *= 2) {
+    __m128i next[kSide];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kSide / 2; ++i) {
+      interleave<kBytes>(block[i], block[i + kSide / 2], next[2 * i], next[2 * i + 1]);
+    }
+    std::memcpy(block, next, sizeof block);
+  }
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kSide; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(dst.at(i, 0).data), block[i]);
+}
+
+#endif
+
+/// A tile; `next` is the source of the tile after it, or any address: it is fetched, not read. kPast: dst is written
+/// past the caches, and its lines are whole ones.
+template <int64_t kBytes, bool kPast>
+__attribute__((always_inline)) inline void transpose_tile(RowsAt<const std::byte> src, RowsAt<std::byte> dst,
+                                                          const std::byte* next) {
+  constexpr int64_t kLineBytes = 64;
+  constexpr int64_t kColumns = kLineBytes / kBytes;
+  constexpr int64_t kRows = 2 * kColumns;
+  constexpr int64_t kRowBytes = kRows * kBytes;
+#if defined(__SSE2__)
+  constexpr int64_t kSide = 16 / kBytes;
+  alignas(kLineBytes) std::byte memory[kColumns * kRowBytes];
+  const RowsAt<std::byte> tile{memory, kRowBytes};
+  for (int64_t row = 0; row < kRows; row += kSide) {
+    for (int64_t i = row; i < row + kSide; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(next + i * src.step), _MM_HINT_T1);
+    }
+    for (int64_t column = 0; column < kColumns; column += kSide) {
+      transpose_block<kBytes>(src.at(row, column * kBytes), tile.at(column, row * kBytes));
+    }
+  }
+  for (int64_t column = 0; column < kColumns; ++column) {
+    const std::byte* from = tile.at(column, 0).data;
+    std::byte* to = dst.at(column, 0).data;
+    if constexpr (kPast) {
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kRowBytes; i += 16) {
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                         _mm_load_si128(reinterpret_cast<const __m128i*>(from + i)));
+      }
+    } else {
+      std::memcpy(to, from, kRowBytes);
+    }
+  }
+#else
+  static_cast<void>(next);
+  transpose_elements<kBytes>(src, dst, kRows, kColumns);
+#endif
+}
+
+template <int64_t kBytes, bool kPast>
+__attribute__((always_inline)) inline void transpose_tiles(RowsAt<const std::byte> src, RowsAt<std::byte> dst,
+                                                           int64_t rows, int64_t columns) {
+  constexpr int64_t kColumns = 64 / kBytes;
+  constexpr int64_t kRows = 2 * kColumns;
+  const int64_t whole_rows = rows / kRows * kRows;
+  const int64_t whole_columns = columns / kColumns * kColumns;
+  for (int64_t row = 0; row < whole_rows; row += kRows) {
+    for (int64_t column = 0; column < whole_columns; column += kColumns) {
+      const bool last = column + kColumns == whole_columns;
+      const RowsAt<const std::byte> next =
+          last ? src.at(std::min(row + kRows, whole_rows - kRows), 0) : src.at(row, (column + kColumns) * kBytes);
+      transpose_tile<kBytes, kPast>(src.at(row, column * kBytes), dst.at(column, row * kBytes), next.data);
+    }
+  }
+  transpose_elements<kBytes>(src.at(0, whole_columns * kBytes), dst.at(whole_columns, 0), whole_rows,
+                             columns - whole_columns);
+  transpose_elements<kBytes>(src.at(whole_rows, 0), dst.at(0, whole_rows * kBytes), rows - whole_rows, columns);
+}
+
+/// dst[column][row] = src[row][column] for `rows` x `columns` elements of `itemsize` bytes.
+/// past_caches: where more moves than they hold; stores are then ordered with later ones by a fence of the caller's
+/// (VectorKernels::finish_streams).
+inline void transpose(int64_t itemsize, RowsAt<const std::byte> src, RowsAt<std::byte> dst, int64_t rows,
+                      int64_t columns, bool past_caches) {
+  const bool past = past_caches && reinterpret_cast<uintptr_t>(dst.data) % 64 == 0 && dst.step % 64 == 0;
+  const auto run = [&]<int64_t kBytes>() {
+    (past ? transpose_tiles<kBytes, true> : transpose_tiles<kBytes, false>)(src, dst, rows, columns);
+  };
+  switch (itemsize) {
+    case 1:
+      return run.operator()<1>();
+    case 2:
+      return run.operator()<2>();
+    case 4:
+      return run.operator()<4>();
+    case 8:
+      return run.operator()<8>();
+    case 16:
+      return run.operator()<16>();
+    default:
+      throw std::invalid_argument("expected elements of 1, 2, 4, 8 or 16 bytes, got " + std::to_string(itemsize));
+  }
+}
+
+}  // namespace mimo_ext::ops
