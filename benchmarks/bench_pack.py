@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 LIMIT = 1 / 1.10  # copy's time / ours
 # Elements that lie together here lie far apart there: no copy of rows, and no promise.
-NOT_GATED = ("pack-transposed", "unpack-transposed")
+NOT_GATED = ("pack-transposed", "unpack-transposed", "add-transposed")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -162,7 +162,9 @@ def cases(num_bytes: int) -> list[Case]:
     unpack("add-samples", wide, samples, torch.float32, accumulate=True)
     unpack("add-samples", wide, samples, torch.bfloat16, accumulate=True)
     pack("pack-transposed", transposed, all_columns, torch.bfloat16)
+    pack("pack-transposed", wide.view(sequence * batch, hidden).t(), all_columns, torch.bfloat16)
     unpack("unpack-transposed", transposed, all_columns, torch.bfloat16)
+    unpack("add-transposed", transposed, all_columns, torch.bfloat16, accumulate=True)
     return found
 
 

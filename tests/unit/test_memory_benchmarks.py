@@ -14,7 +14,7 @@ NAMES = {
     "bench_rescale.py": {"fused_vs_mul", "fused_vs_three_mul", "fused_vs_mul_norm", "fused_vs_memcpy"},
     "bench_pack.py": {
         *("pack-shard", "pack-zigzag", "pack-samples", "pack-batch-first", "pack-transposed"),
-        *("unpack-samples", "unpack-batch-first", "unpack-transposed", "add-samples"),
+        *("unpack-samples", "unpack-batch-first", "unpack-transposed", "add-samples", "add-transposed"),
     },
 }
 

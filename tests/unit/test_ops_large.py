@@ -37,3 +37,27 @@ def test_transposed_matrices_move_in_blocks(dtype: torch.dtype) -> None:
     ops.unpack_(out, buffer, starts, sizes)
     reference.unpack_(expected, buffer, starts, sizes)
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("of_buffer", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(3, 150, 331), (1, 2100, 1330)], ids=["small", "large"])
+def test_transposed_matrices_convert_and_add_in_blocks(
+    shape: tuple[int, int, int], dtype: torch.dtype, of_buffer: torch.dtype, accumulate: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(shape, generator=generator).to(dtype)
+    x = whole.transpose(1, 2)
+    matrices, columns, rows = shape
+    # Whole matrices, and a part that begins and ends within blocks and lines.
+    starts = [0, 0, 0, matrices - 1, 3, 70]
+    sizes = [matrices, rows, columns, 1, rows - 5, columns - 71]
+    buffer = ops.pack(x, starts, sizes, dtype=of_buffer)
+    assert torch.equal(buffer, reference.pack(x, starts, sizes, dtype=of_buffer))
+    pieces = torch.randn(buffer.numel(), generator=generator).to(of_buffer)
+    out = whole.clone().transpose(1, 2)
+    expected = whole.clone().transpose(1, 2)
+    ops.unpack_(out, pieces, starts, sizes, accumulate=accumulate)
+    reference.unpack_(expected, pieces, starts, sizes, accumulate=accumulate)
+    assert torch.equal(out, expected)

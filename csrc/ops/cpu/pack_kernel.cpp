@@ -6,9 +6,11 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <type_traits>
 
+#include "ops/cpu/matrices.h"
 #include "ops/cpu/move.h"
 #include "ops/cpu/numbers.h"
 #include "ops/cpu/transpose.h"
@@ -139,25 +141,17 @@ bool has_large_runs(const Strided& region, int64_t itemsize) {
 void move_box(const Strided& region, int64_t count, std::byte* boxes, std::byte* piece, int64_t itemsize,
               bool to_buffer, bool large) {
   const int64_t step = region.strides.back() * itemsize;
-  const size_t ndim = region.sizes.size();
-  if (ndim > 1 && step != itemsize && region.strides[ndim - 2] == 1) {
-    // Rows here are columns there.
-    const int64_t rows = region.sizes[ndim - 2];
-    const int64_t columns = region.sizes[ndim - 1];
-    Strided outer = region;
-    outer.sizes.pop_back();
-    outer.strides.pop_back();
-    outer.sizes.back() = 1;
-    outer.strides.back() = 1;
-    for_each_run(outer, 0, outer.numel(), [&](int64_t offset, int64_t) {
+  if (is_transposed(region)) {
+    const int64_t rows = region.sizes[region.sizes.size() - 2];
+    const int64_t columns = region.sizes.back();
+    for_each_matrix(region, [&](int64_t offset, int64_t first) {
       const RowsAt<std::byte> in_box{boxes + offset * itemsize, step};
-      const RowsAt<std::byte> in_piece{piece, columns * itemsize};
+      const RowsAt<std::byte> in_piece{piece + first * itemsize, columns * itemsize};
       if (to_buffer) {
         transpose(itemsize, {in_box.data, in_box.step}, in_piece, columns, rows, large);
       } else {
         transpose(itemsize, {in_piece.data, in_piece.step}, in_box, rows, columns, large);
       }
-      piece += rows * columns * itemsize;
     });
     return;
   }
@@ -195,6 +189,21 @@ void convert_from_boxes(const at::Tensor& x, std::byte* to, size_t to_type, int6
   for_each_box(x, starts, sizes, [&](const Strided& region, int64_t first, int64_t count) {
     std::byte* piece = to + first * to_size;
     const int64_t step = region.strides.back() * itemsize;
+    if (is_transposed(region)) {
+      const auto block = std::make_unique_for_overwrite<Block>();
+      const RowsAt<std::byte> turned{block->data, kBlockColumns * itemsize};
+      for_each_block(region, [&](int64_t offset, int64_t at, int64_t rows, int64_t columns) {
+        transpose(itemsize, {from + offset * itemsize, step}, turned, columns, rows, /*past_caches=*/false);
+        for (int64_t row = 0; row < rows; ++row, at += region.sizes.back()) {
+          if (large) {
+            convert_large(piece + at * to_size, turned.at(row, 0).data, columns, nullptr);
+          } else {
+            convert(piece + at * to_size, turned.at(row, 0).data, columns);
+          }
+        }
+      });
+      return;
+    }
     if (large && has_large_runs(region, itemsize)) {
       for_each_large_run(region, from, itemsize, [&](const std::byte* run, const std::byte* next, int64_t n) {
         convert_large(piece, run, n, next);
@@ -231,6 +240,19 @@ void convert_to_boxes(const at::Tensor& out, const std::byte* from, size_t from_
   for_each_box(out, starts, sizes, [&](const Strided& region, int64_t first, int64_t count) {
     const std::byte* piece = from + first * from_size;
     const int64_t step = region.strides.back() * itemsize;
+    if (is_transposed(region)) {
+      const auto block = std::make_unique_for_overwrite<Block>();
+      const RowsAt<std::byte> turned{block->data, kBlockColumns * itemsize};
+      for_each_block(region, [&](int64_t offset, int64_t at, int64_t rows, int64_t columns) {
+        const RowsAt<std::byte> in_box{to + offset * itemsize, step};
+        if (add) transpose(itemsize, {in_box.data, step}, turned, columns, rows, /*past_caches=*/false);
+        for (int64_t row = 0; row < rows; ++row, at += region.sizes.back()) {
+          convert(turned.at(row, 0).data, piece + at * from_size, columns);
+        }
+        transpose(itemsize, {turned.data, turned.step}, in_box, rows, columns, large && !add);
+      });
+      return;
+    }
     if (large && has_large_runs(region, itemsize)) {
       for_each_large_run(region, to, itemsize, [&](std::byte* run, const std::byte* next, int64_t n) {
         convert_large(run, piece, n, add ? next : piece + n * from_size);
