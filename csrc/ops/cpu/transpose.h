@@ -12,7 +12,6 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
-#include <utility>
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -32,8 +31,8 @@ struct RowsAt {
 /// dst[column][row] = src[row][column].
 template <int64_t kBytes>
 void transpose_elements(RowsAt<const std::byte> src, RowsAt<std::byte> dst, int64_t rows, int64_t columns) {
-  for (int64_t column = 0; column < columns; ++column) {
-    for (int64_t row = 0; row < rows; ++row) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
       std::memcpy(dst.at(column, row * kBytes).data, src.at(row, column * kBytes).data, kBytes);
     }
   }
@@ -41,7 +40,7 @@ void transpose_elements(RowsAt<const std::byte> src, RowsAt<std::byte> dst, int6
 
 #if defined(__SSE2__)
 
-/// The first halves of two registers, element by element in turn; or the second halves.
+/// first, second: the first and the second halves of two registers, an element of each in turn.
 template <int64_t kBytes>
 inline void interleave(const __m128i& a, const __m128i& b, __m128i& first, __m128i& second) {
   if constexpr (kBytes == 1) {
@@ -122,24 +121,55 @@ __attribute__((always_inline)) inline void transpose_tile(RowsAt<const std::byte
 #endif
 }
 
+/// What is no whole tile. Here, too, lines are read and written once.
+template <int64_t kBytes>
+void transpose_part(RowsAt<const std::byte> src, RowsAt<std::byte> dst, int64_t rows, int64_t columns) {
+#if defined(__SSE2__)
+  constexpr int64_t kSide = 16 / kBytes;
+  constexpr int64_t kLineBytes = 64;
+  constexpr int64_t kRowBytes = 2 * kLineBytes;
+  if (rows < kSide || columns < kSide) return transpose_elements<kBytes>(src, dst, rows, columns);
+  // Whole blocks are transposed. What pads them is never looked at.
+  alignas(kLineBytes) std::byte lines[2 * kLineBytes / kBytes * kLineBytes];
+  alignas(kLineBytes) std::byte memory[kLineBytes / kBytes * kRowBytes];
+  const RowsAt<std::byte> gathered{lines, kLineBytes};
+  const RowsAt<std::byte> tile{memory, kRowBytes};
+  for (int64_t row = 0; row < rows; ++row) {
+    std::memcpy(gathered.at(row, 0).data, src.at(row, 0).data, static_cast<size_t>(columns * kBytes));
+  }
+  for (int64_t row = 0; row < rows; row += kSide) {
+    for (int64_t column = 0; column < columns; column += kSide) {
+      const RowsAt<std::byte> block = gathered.at(row, column * kBytes);
+      transpose_block<kBytes>({block.data, block.step}, tile.at(column, row * kBytes));
+    }
+  }
+  for (int64_t column = 0; column < columns; ++column) {
+    std::memcpy(dst.at(column, 0).data, tile.at(column, 0).data, static_cast<size_t>(rows * kBytes));
+  }
+#else
+  transpose_elements<kBytes>(src, dst, rows, columns);
+#endif
+}
+
 template <int64_t kBytes, bool kPast>
 __attribute__((always_inline)) inline void transpose_tiles(RowsAt<const std::byte> src, RowsAt<std::byte> dst,
                                                            int64_t rows, int64_t columns) {
   constexpr int64_t kColumns = 64 / kBytes;
   constexpr int64_t kRows = 2 * kColumns;
-  const int64_t whole_rows = rows / kRows * kRows;
-  const int64_t whole_columns = columns / kColumns * kColumns;
-  for (int64_t row = 0; row < whole_rows; row += kRows) {
-    for (int64_t column = 0; column < whole_columns; column += kColumns) {
-      const bool last = column + kColumns == whole_columns;
+  for (int64_t row = 0; row < rows; row += kRows) {
+    const int64_t some_rows = std::min(kRows, rows - row);
+    int64_t column = 0;
+    for (; some_rows == kRows && column + kColumns <= columns; column += kColumns) {
+      const bool last = column + 2 * kColumns > columns;
       const RowsAt<const std::byte> next =
-          last ? src.at(std::min(row + kRows, whole_rows - kRows), 0) : src.at(row, (column + kColumns) * kBytes);
+          last ? src.at(std::min(row + kRows, rows - kRows), 0) : src.at(row, (column + kColumns) * kBytes);
       transpose_tile<kBytes, kPast>(src.at(row, column * kBytes), dst.at(column, row * kBytes), next.data);
     }
+    for (; column < columns; column += kColumns) {
+      transpose_part<kBytes>(src.at(row, column * kBytes), dst.at(column, row * kBytes), some_rows,
+                             std::min(kColumns, columns - column));
+    }
   }
-  transpose_elements<kBytes>(src.at(0, whole_columns * kBytes), dst.at(whole_columns, 0), whole_rows,
-                             columns - whole_columns);
-  transpose_elements<kBytes>(src.at(whole_rows, 0), dst.at(0, whole_rows * kBytes), rows - whole_rows, columns);
 }
 
 /// dst[column][row] = src[row][column] for `rows` x `columns` elements of `itemsize` bytes.
