@@ -161,7 +161,7 @@ ReceiveOrder receive_order(const core::Plan& plan, int rank, std::pair<int, int>
   shape = shape_of(plan.receiver_shape(place.first, place.second), plan.microbatch().ndim);
   const core::RankPlan mine = plan.for_rank(rank, false, true);
   const auto transfers = [&](const std::vector<core::Message>& list, bool sending) {
-    return transfers_of(list, sending, shape, plan.microbatch().element_size, rank);
+    return transfers_of(list, sending, order.shape, plan.microbatch().element_size, rank);
   };
   receives = transfers(mine.receives, false);
   lane_sends = transfers(mine.lane_sends, true);
@@ -223,7 +223,9 @@ ReceiveOrder receive_order(const core::Plan& plan, int rank, std::pair<int, int>
   for (const ReceiveOrder::Stage& stage : stages) {
     std::stable_sort(unpack_order.begin() + static_cast<std::ptrdiff_t>(stage.first_receive),
                      unpack_order.begin() + static_cast<std::ptrdiff_t>(stage.last_receive),
-                     [&](std::size_t a, std::size_t b) { return receives[a].contribution < receives[b].contribution; });
+                     [&receives = receives](std::size_t a, std::size_t b) {
+                       return receives[a].contribution < receives[b].contribution;
+                     });
   }
   return order;
 }
