@@ -148,9 +148,9 @@ void move_box(const Strided& region, int64_t count, std::byte* boxes, std::byte*
       const RowsAt<std::byte> in_box{boxes + offset * itemsize, step};
       const RowsAt<std::byte> in_piece{piece + first * itemsize, columns * itemsize};
       if (to_buffer) {
-        transpose(itemsize, {in_box.data, in_box.step}, in_piece, columns, rows, large);
+        transpose(itemsize, in_box, in_piece, columns, rows, large);
       } else {
-        transpose(itemsize, {in_piece.data, in_piece.step}, in_box, rows, columns, large);
+        transpose(itemsize, in_piece, in_box, rows, columns, large);
       }
     });
     return;
@@ -245,11 +245,11 @@ void convert_to_boxes(const at::Tensor& out, const std::byte* from, size_t from_
       const RowsAt<std::byte> turned{block->data, kBlockColumns * itemsize};
       for_each_block(region, [&](int64_t offset, int64_t at, int64_t rows, int64_t columns) {
         const RowsAt<std::byte> in_box{to + offset * itemsize, step};
-        if (add) transpose(itemsize, {in_box.data, step}, turned, columns, rows, /*past_caches=*/false);
+        if (add) transpose(itemsize, in_box, turned, columns, rows, /*past_caches=*/false);
         for (int64_t row = 0; row < rows; ++row, at += region.sizes.back()) {
           convert(turned.at(row, 0).data, piece + at * from_size, columns);
         }
-        transpose(itemsize, {turned.data, turned.step}, in_box, rows, columns, large && !add);
+        transpose(itemsize, turned, in_box, rows, columns, large && !add);
       });
       return;
     }

@@ -10,8 +10,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <stdexcept>
-#include <string>
+#include <type_traits>
+
+#include "ops/cpu/move.h"
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -26,6 +27,22 @@ struct RowsAt {
   int64_t step;
 
   RowsAt at(int64_t row, int64_t bytes) const { return {data + row * step + bytes, step}; }
+  operator RowsAt<const Byte>() const
+    requires(!std::is_const_v<Byte>)
+  {
+    return {data, step};
+  }
+};
+
+inline constexpr int64_t kTileLine = 64;  // bytes, of the caches
+
+/// Of elements of kBytes bytes. Rows and columns are those of the source; transposed, a column is kRowBytes long.
+template <int64_t kBytes>
+struct TileOf {
+  static constexpr int64_t kSide = 16 / kBytes;  // of a block
+  static constexpr int64_t kColumns = kTileLine / kBytes;
+  static constexpr int64_t kRowBytes = 2 * kTileLine;
+  static constexpr int64_t kRows = kRowBytes / kBytes;
 };
 
 /// dst[column][row] = src[row][column].
@@ -61,7 +78,7 @@ inline void interleave(const __m128i& a, const __m128i& b, __m128i& first, __m12
 /// As many rows as a register has elements, and as many columns.
 template <int64_t kBytes>
 __attribute__((always_inline)) inline void transpose_block(RowsAt<const std::byte> src, RowsAt<std::byte> dst) {
-  constexpr int64_t kSide = 16 / kBytes;
+  constexpr int64_t kSide = TileOf<kBytes>::kSide;
   __m128i block[kSide];
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kSide; ++i) block[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src.at(i, 0).data));
@@ -86,13 +103,12 @@ __attribute__((always_inline)) inline void transpose_block(RowsAt<const std::byt
 template <int64_t kBytes, bool kPast>
 __attribute__((always_inline)) inline void transpose_tile(RowsAt<const std::byte> src, RowsAt<std::byte> dst,
                                                           const std::byte* next) {
-  constexpr int64_t kLineBytes = 64;
-  constexpr int64_t kColumns = kLineBytes / kBytes;
-  constexpr int64_t kRows = 2 * kColumns;
-  constexpr int64_t kRowBytes = kRows * kBytes;
+  constexpr int64_t kColumns = TileOf<kBytes>::kColumns;
+  constexpr int64_t kRows = TileOf<kBytes>::kRows;
 #if defined(__SSE2__)
-  constexpr int64_t kSide = 16 / kBytes;
-  alignas(kLineBytes) std::byte memory[kColumns * kRowBytes];
+  constexpr int64_t kSide = TileOf<kBytes>::kSide;
+  constexpr int64_t kRowBytes = TileOf<kBytes>::kRowBytes;
+  alignas(kTileLine) std::byte memory[kColumns * kRowBytes];
   const RowsAt<std::byte> tile{memory, kRowBytes};
   for (int64_t row = 0; row < kRows; row += kSide) {
     for (int64_t i = row; i < row + kSide; ++i) {
@@ -125,22 +141,20 @@ __attribute__((always_inline)) inline void transpose_tile(RowsAt<const std::byte
 template <int64_t kBytes>
 void transpose_part(RowsAt<const std::byte> src, RowsAt<std::byte> dst, int64_t rows, int64_t columns) {
 #if defined(__SSE2__)
-  constexpr int64_t kSide = 16 / kBytes;
-  constexpr int64_t kLineBytes = 64;
-  constexpr int64_t kRowBytes = 2 * kLineBytes;
+  constexpr int64_t kSide = TileOf<kBytes>::kSide;
+  constexpr int64_t kRowBytes = TileOf<kBytes>::kRowBytes;
   if (rows < kSide || columns < kSide) return transpose_elements<kBytes>(src, dst, rows, columns);
   // Whole blocks are transposed. What pads them is never looked at.
-  alignas(kLineBytes) std::byte lines[2 * kLineBytes / kBytes * kLineBytes];
-  alignas(kLineBytes) std::byte memory[kLineBytes / kBytes * kRowBytes];
-  const RowsAt<std::byte> gathered{lines, kLineBytes};
+  alignas(kTileLine) std::byte lines[TileOf<kBytes>::kRows * kTileLine];
+  alignas(kTileLine) std::byte memory[TileOf<kBytes>::kColumns * kRowBytes];
+  const RowsAt<std::byte> gathered{lines, kTileLine};
   const RowsAt<std::byte> tile{memory, kRowBytes};
   for (int64_t row = 0; row < rows; ++row) {
     std::memcpy(gathered.at(row, 0).data, src.at(row, 0).data, static_cast<size_t>(columns * kBytes));
   }
   for (int64_t row = 0; row < rows; row += kSide) {
     for (int64_t column = 0; column < columns; column += kSide) {
-      const RowsAt<std::byte> block = gathered.at(row, column * kBytes);
-      transpose_block<kBytes>({block.data, block.step}, tile.at(column, row * kBytes));
+      transpose_block<kBytes>(gathered.at(row, column * kBytes), tile.at(column, row * kBytes));
     }
   }
   for (int64_t column = 0; column < columns; ++column) {
@@ -154,8 +168,8 @@ void transpose_part(RowsAt<const std::byte> src, RowsAt<std::byte> dst, int64_t 
 template <int64_t kBytes, bool kPast>
 __attribute__((always_inline)) inline void transpose_tiles(RowsAt<const std::byte> src, RowsAt<std::byte> dst,
                                                            int64_t rows, int64_t columns) {
-  constexpr int64_t kColumns = 64 / kBytes;
-  constexpr int64_t kRows = 2 * kColumns;
+  constexpr int64_t kColumns = TileOf<kBytes>::kColumns;
+  constexpr int64_t kRows = TileOf<kBytes>::kRows;
   for (int64_t row = 0; row < rows; row += kRows) {
     const int64_t some_rows = std::min(kRows, rows - row);
     int64_t column = 0;
@@ -177,24 +191,10 @@ __attribute__((always_inline)) inline void transpose_tiles(RowsAt<const std::byt
 /// (VectorKernels::finish_streams).
 inline void transpose(int64_t itemsize, RowsAt<const std::byte> src, RowsAt<std::byte> dst, int64_t rows,
                       int64_t columns, bool past_caches) {
-  const bool past = past_caches && reinterpret_cast<uintptr_t>(dst.data) % 64 == 0 && dst.step % 64 == 0;
-  const auto run = [&]<int64_t kBytes>() {
+  const bool past = past_caches && reinterpret_cast<uintptr_t>(dst.data) % kTileLine == 0 && dst.step % kTileLine == 0;
+  with_size(itemsize, [&]<size_t kBytes>() {
     (past ? transpose_tiles<kBytes, true> : transpose_tiles<kBytes, false>)(src, dst, rows, columns);
-  };
-  switch (itemsize) {
-    case 1:
-      return run.operator()<1>();
-    case 2:
-      return run.operator()<2>();
-    case 4:
-      return run.operator()<4>();
-    case 8:
-      return run.operator()<8>();
-    case 16:
-      return run.operator()<16>();
-    default:
-      throw std::invalid_argument("expected elements of 1, 2, 4, 8 or 16 bytes, got " + std::to_string(itemsize));
-  }
+  });
 }
 
 }  // namespace mimo_ext::ops

@@ -14,27 +14,22 @@ namespace {
 // An element type: how a vector is loaded as float32 (float64 for float64) and stored, rounded once; it then holds what
 // was stored. Vectors go by reference: by value, their calling convention would depend on the level.
 
-struct Float32 {
-  using Wide = float;
-  using Stored = float;
-  MIMO_EXT_INLINE static void load_wide(Vector<float>& wide, const float* from) { load(wide, from); }
+/// float or double: stored as it is.
+template <typename T>
+struct AsItIs {
+  using Wide = T;
+  using Stored = T;
+  MIMO_EXT_INLINE static void load_wide(Vector<T>& wide, const T* from) { load(wide, from); }
   template <bool kPast = false>
-  MIMO_EXT_INLINE static void store_wide(float* to, Vector<float>& wide) {
+  MIMO_EXT_INLINE static void store_wide(T* to, Vector<T>& wide) {
     store<kPast>(to, wide);
   }
 };
+using Float32 = AsItIs<float>;
+using Float64 = AsItIs<double>;
 
-struct Float64 {
-  using Wide = double;
-  using Stored = double;
-  MIMO_EXT_INLINE static void load_wide(Vector<double>& wide, const double* from) { load(wide, from); }
-  template <bool kPast = false>
-  MIMO_EXT_INLINE static void store_wide(double* to, Vector<double>& wide) {
-    store<kPast>(to, wide);
-  }
-};
-
-/// Rounds to bfloat16, in the upper halves; the lower ones become zero.
+/// Rounds to bfloat16, in the upper halves; the lower ones become zero. NaNs are chosen last: before the sums, as
+/// store_pair does it, they would be waited for, and rescaling takes a seventh longer.
 MIMO_EXT_INLINE void round_upper(Vector<uint32_t>& bits, const Vector<float>& wide) {
   Vector<uint32_t> number;
   reinterpret(number, wide);
